@@ -1,0 +1,1 @@
+"""From source weights to checked ONNX bundles."""

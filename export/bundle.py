@@ -1,0 +1,79 @@
+"""Writing bundles to the side and renaming them into place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forerun.errors import OptionError, SpaceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def new_bundle(out: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `out` if the block succeeds.
+
+    The folder lies beside `out`, so that the rename is atomic; after an error, also Ctrl-C,
+    nothing is left of it. An existing `out` is replaced only if it is a bundle.
+
+    Raises:
+        OptionError: `out` exists and is something else than a bundle.
+        SpaceError: the disk is full.
+    """
+    out = Path(out).absolute()
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        if not (out / "manifest.json").is_file():
+            raise OptionError(f"{out} exists and is not a bundle; choose another folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+    except OSError as error:
+        raise _space_or_option(error, out) from error
+    try:
+        yield temporary
+        _replace(temporary, out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise _space_or_option(error, out) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse work for which the disk has no room.
+
+    Raises:
+        SpaceError: fewer than `needed` bytes are free where `folder` lies.
+    """
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise SpaceError(
+            f"{what} needs {needed >> 20} MiB on the disk of {place}, {free >> 20} MiB are free"
+        )
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _space_or_option(error: OSError, out: Path) -> Exception:
+    if error.errno == errno.ENOSPC:
+        return SpaceError(f"the disk of {out.parent} is full; nothing was written")
+    return OptionError(f"{out} cannot be written ({error.strerror}); choose another folder")

@@ -1,0 +1,33 @@
+"""The model card of a bundle: where it came from, its licence, what was measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from forerun.runtime.manifest import Manifest
+
+CARD_NAME = "README.md"
+
+
+def write_card(folder: Path, manifest: Manifest) -> None:
+    """Write `README.md` into a bundle."""
+    m, quant = manifest, manifest.quantization
+    weights = "float32" if quant.method == "none" else f"{quant.method}: {quant.detail}"
+    lines = [
+        f"# {m.name}",
+        "",
+        f"- source: {m.source.origin}",
+        f"- licence: {m.source.licence or 'not stated by the source'}",
+        f"- parameters: {m.model.parameters:,}, layers: {m.model.layers}",
+        f"- weights: {weights}",
+        f"- KV cache: {m.kv.dtype}, {m.kv.capacity} tokens, {m.kv.nbytes_per_token:,} bytes a token",
+        "",
+        "| checked against | metric | value | bound |",
+        "|---|---|---|---|",
+        *(f"| {c.against} | {c.metric} | {c.value:.4g} | {c.bound:.4g} |" for c in m.checks),
+        "",
+    ]
+    (folder / CARD_NAME).write_text("\n".join(lines), encoding="utf-8")

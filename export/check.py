@@ -1,0 +1,94 @@
+"""Comparing an exported bundle with its source at several lengths, before it is let out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from forerun.errors import ExportMismatch
+from forerun.export.reference import reference_logits
+from forerun.runtime.manifest import Check
+from forerun.runtime.runner import Runner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from forerun.export.arch import ArchSpec
+    from forerun.export.sources import WeightSource
+    from forerun.runtime.manifest import Manifest
+
+_SEED = 20261
+_SHORT = 48
+_PAST_WINDOW = 8
+_LONGEST = 640
+
+
+def check_export(
+    source: WeightSource,
+    arch: ArchSpec,
+    manifest: Manifest,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Check:
+    """Run the graph as prefill, in chunks and row by row, and compare with the reference.
+
+    The text is random ids, long enough to leave a sliding window.
+
+    Returns:
+        The largest error, and the bound it kept.
+
+    Raises:
+        ExportMismatch: the logits differ by more than the architecture's tolerance.
+    """
+    length = probe_length(source, manifest)
+    ids = np.random.default_rng(_SEED).integers(0, manifest.model.vocab, length)
+    expected = reference_logits(source, arch, ids)
+    bound = arch.rtol * float(np.std(expected))
+    runner = Runner(manifest, folder)
+    worst = 0.0
+    try:
+        plans = _plans(length)
+        for done, (label, widths) in enumerate(plans):
+            error = _largest_error(runner, ids, widths, expected)
+            worst = max(worst, error)
+            if not error <= bound:
+                raise ExportMismatch("logits", error, bound, label)
+            if progress:
+                progress(done + 1, len(plans))
+    finally:
+        runner.close()
+    return Check("numpy reference", "max_abs_error", worst, bound)
+
+
+def probe_length(source: WeightSource, manifest: Manifest) -> int:
+    """Length of the text of the check."""
+    window = source.config.sliding_window or 0
+    wanted = max(_SHORT, window + _PAST_WINDOW)
+    return min(wanted, _LONGEST, manifest.kv.capacity)
+
+
+def _plans(length: int) -> list[tuple[str, list[int]]]:
+    """Ways of feeding the text: widths of the steps, the last one possibly cut short."""
+    tail = min(8, length)
+    plans = [
+        (f"prefill of {length}", [length]),
+        (f"chunks of 7 up to {length}", [7] * (length // 7)),
+        (f"the last {tail} rows one by one", [length - tail] + [1] * tail),
+    ]
+    return [(label, [w for w in widths if w > 0]) for label, widths in plans if any(widths)]
+
+
+def _largest_error(
+    runner: Runner, ids: np.ndarray, widths: list[int], expected: np.ndarray
+) -> float:
+    runner.arena.rewind(0)
+    worst, start = 0.0, 0
+    for width in widths:
+        logits = runner.step(ids[start : start + width], want="all")
+        difference = np.abs(logits - expected[start : start + width]).max()
+        # NaN must not pass for small.
+        worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
+        start += width
+    return worst

@@ -1,0 +1,1 @@
+"""Bundle in, smaller bundle out, and the measure of what that cost."""

@@ -1,0 +1,118 @@
+"""Rewriting a float32 bundle so that its matrices are block-quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from forerun.errors import OptionError, UnsupportedError
+from forerun.export.bundle import new_bundle, require_space
+from forerun.export.card import CARD_NAME, write_card
+from forerun.export.writer import WEIGHTS_NAME
+from forerun.quant.gate import check_quality
+from forerun.quant.rewrite import GraphRewriter
+from forerun.quant.rounding import quantize_blocks
+from forerun.runtime.manifest import Manifest, Quantization, inside, load_manifest, seal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forerun.quant.blocks import Blocks
+
+    Progress = Callable[[str, int, int | None], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFormat:
+    """One way to store matrices.
+
+    Attributes:
+        bits: of a code.
+        block: weights that share a scale.
+        detail: for people.
+        row_exact: a row's result does not depend on the other rows of the step.
+        kl_bound: largest mean KL divergence to the float32 bundle that is let out.
+    """
+
+    bits: int
+    block: int
+    detail: str
+    row_exact: bool
+    kl_bound: float
+
+
+FORMATS = {
+    "int4": WeightFormat(
+        4, 32, "4 bits, blocks of 32, scales and zero points by least error", True, 1.0
+    ),
+    "int8": WeightFormat(
+        8, 32, "8 bits, blocks of 32, scales and zero points by least error", True, 0.02
+    ),
+}
+
+
+def quantize(
+    bundle: Path, out: Path, *, weights: str = "int4", progress: Progress | None = None
+) -> Manifest:
+    """Write a bundle with quantized matrices, after measuring what that costs.
+
+    Args:
+        bundle: a float32 bundle.
+        out: folder of the new bundle; appears only when everything succeeded.
+        weights: a name of `FORMATS`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        OptionError: an unknown format.
+        UnsupportedError: the bundle is quantized already.
+        ExportMismatch: the KL divergence to the float32 bundle exceeds the format's bound.
+    """
+    if weights not in FORMATS:
+        raise OptionError(f"weights must be one of {', '.join(FORMATS)}, got {weights!r}")
+    bundle, form = Path(bundle), FORMATS[weights]
+    manifest = load_manifest(bundle)
+    manifest.check_files(bundle)
+    if manifest.quantization.method != "none":
+        raise UnsupportedError(
+            f"{bundle} is quantized already ({manifest.quantization.method}); "
+            "quantize the float32 bundle"
+        )
+    require_space(Path(out).parent, manifest.model.parameters * form.bits // 6, "quantizing")
+    report = progress or (lambda stage, done, total: None)
+    with new_bundle(Path(out)) as folder:
+        _copy_others(manifest, bundle, folder)
+        _rewrite(manifest, bundle, folder, form, report)
+        quant = Quantization(weights, form.bits, form.block, form.detail)
+        lowering = dataclasses.replace(manifest.lowerings["cpu"], row_exact=form.row_exact)
+        new = dataclasses.replace(manifest, quantization=quant, lowerings={"cpu": lowering})
+        check = check_quality(new, folder, manifest, bundle, form.kl_bound, report)
+        new = dataclasses.replace(new, checks=(*manifest.checks, check))
+        write_card(folder, new)
+        return seal(folder, new)
+
+
+def _copy_others(manifest: Manifest, bundle: Path, folder: Path) -> None:
+    graph = manifest.lowerings["cpu"].graph
+    for name in manifest.files:
+        if name not in (graph, WEIGHTS_NAME, CARD_NAME):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(bundle, name), target)
+
+
+def _rewrite(
+    manifest: Manifest, bundle: Path, folder: Path, form: WeightFormat, report: Progress
+) -> None:
+    graph = manifest.lowerings["cpu"].graph
+    model = onnx.load(str(inside(bundle, graph)), load_external_data=False)
+
+    def to_blocks(weight: np.ndarray) -> Blocks:
+        return quantize_blocks(weight, form.bits, form.block)
+
+    rewriter = GraphRewriter(model, bundle, folder, to_blocks)
+    rewriter.write(graph, lambda done, total: report("quantize", done, total))

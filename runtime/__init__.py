@@ -1,0 +1,1 @@
+"""Run bundles: numpy, onnxruntime, tokenizers and jinja2, nothing else."""

@@ -1,0 +1,90 @@
+"""The KV cache of one stream: static arrays that the graph updates in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from forerun.errors import ContextLimitError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forerun.runtime.manifest import KVLayout
+
+
+class KVArena:
+    """Keys and values of all layers, with room for `capacity` tokens.
+
+    The memory is reserved at once and touched as the text grows, so that a short text costs
+    little. Row i of every array belongs to the i-th committed token.
+
+    Attributes:
+        arrays: role ``key.N`` or ``value.N`` to array [1, heads, capacity, head_dim].
+        length: committed tokens.
+        pending: rows behind them that the last step wrote and that are not committed.
+    """
+
+    def __init__(self, layout: KVLayout) -> None:
+        shape = (1, layout.heads, layout.capacity, layout.head_dim)
+        self.layout = layout
+        self.arrays = {
+            f"{part}.{layer}": np.zeros(shape, layout.dtype)
+            for layer in range(layout.layers)
+            for part in ("key", "value")
+        }
+        self.length = 0
+        self.pending = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.layout.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return self.layout.nbytes
+
+    def check_room(self, rows: int) -> None:
+        """Refuse rows that do not fit.
+
+        Raises:
+            ContextLimitError: the history and the new rows exceed the capacity.
+        """
+        if self.length + rows > self.capacity:
+            raise ContextLimitError(
+                f"{self.length} cached and {rows} new tokens exceed the capacity of "
+                f"{self.capacity}; shorten the text, or export with a larger capacity"
+            )
+
+    def commit(self, rows: Sequence[int]) -> None:
+        """Keep some of the pending rows, in this order, and drop the others.
+
+        Args:
+            rows: increasing numbers of rows of the last step, 0 being its first.
+
+        Raises:
+            OptionError: a number is not that of a pending row, or they do not increase.
+        """
+        picked = np.asarray(rows, np.int64)
+        if picked.size and (picked[0] < 0 or picked[-1] >= self.pending):
+            raise OptionError(f"rows {list(rows)} are not among the {self.pending} pending rows")
+        if np.any(np.diff(picked) <= 0):
+            raise OptionError(f"rows to commit must increase, got {list(rows)}")
+        start, count = self.length, len(picked)
+        if not np.array_equal(picked, np.arange(count)):
+            for array in self.arrays.values():
+                array[:, :, start : start + count] = array[:, :, start + picked]
+        self.length, self.pending = start + count, 0
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        Raises:
+            OptionError: that many tokens are not cached.
+        """
+        if not 0 <= length <= self.length:
+            raise OptionError(f"cannot rewind to {length}: {self.length} tokens are cached")
+        self.length, self.pending = length, 0

@@ -1,0 +1,179 @@
+"""The decoding loop: from a checked request to ids, on one runner and its KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import numpy as np
+
+from forerun.errors import BusyError
+from forerun.runtime import sampling as sample
+from forerun.runtime.measure import RunClock
+from forerun.runtime.prefix import PrefixCache
+from forerun.runtime.types import FinishReason, SamplingParams
+
+OnPrefill = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked, checked.
+
+    Attributes:
+        prompt: ids, at least one and at most the context.
+        params: how to draw.
+        max_tokens: most tokens to generate.
+        stop_ids: ids that end the answer and are not part of it.
+        stops: texts that do the same.
+        logprobs: whether log-probabilities are wanted.
+        slides: go on at a full context.
+        n_keep: first tokens that a slide keeps, below the capacity.
+        prefill_chunk: prompt tokens per step.
+        on_prefill: called with (prompt tokens done, prompt tokens).
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int]
+    stops: tuple[str, ...]
+    logprobs: bool
+    slides: bool
+    n_keep: int
+    prefill_chunk: int
+    on_prefill: OnPrefill | None
+
+
+class Generation:
+    """One answer being made.
+
+    Args:
+        request: what to do.
+        cache: the model and what its KV cache holds.
+        tokens: the session's sequence; replaced by the prompt at the start, then extended.
+        setup: seconds spent on the call before.
+
+    Attributes:
+        cancelled: set it, from any thread, to end within one step.
+        reason: why it ended; valid once it has.
+        clock: times and counts.
+    """
+
+    def __init__(
+        self, request: Request, cache: PrefixCache, tokens: list[int], setup: float
+    ) -> None:
+        self.request = request
+        self.cancelled = False
+        self.reason: FinishReason = "length"
+        self.clock = RunClock(lambda: cache.runner.session_time, len(request.prompt))
+        self._cache = cache
+        self._tokens = tokens
+        self._setup = setup
+        self._history: list[int] | None = None
+
+    def ids(self) -> Generator[tuple[int, float | None], None, None]:
+        """Yield (token, log-probability or None); sets `reason` at the end.
+
+        Whatever happens, closing or an error included, the KV cache is left in line with the ids.
+
+        Raises:
+            BusyError: another generation on this model is not finished.
+        """
+        if not self._cache.busy.acquire(blocking=False):
+            raise busy_error()
+        try:
+            self.clock.begin(self._setup)
+            yield from self._loop()
+        finally:
+            self._cache.settle()
+            self._cache.busy.release()
+
+    def _loop(self) -> Generator[tuple[int, float | None], None, None]:
+        request, clock, tokens = self.request, self.clock, self._tokens
+        tokens[:] = request.prompt
+        if sample.uses_history(request.params):
+            self._history = list(tokens)
+        logits = self._read_prompt()
+        while logits is not None:
+            token = self._choose(logits)
+            if token in request.stop_ids:
+                self.reason = "stop"
+                return
+            logprob = sample.logprob(logits, token) if request.logprobs else None
+            tokens.append(token)
+            clock.token_done()
+            yield token, logprob
+            logits = self._advance(token)
+
+    def _choose(self, logits: np.ndarray) -> int:
+        request = self.request
+        answer_start = len(request.prompt)
+        # Not len(tokens): after a slide positions go on, or their noise would repeat.
+        position = answer_start + self.clock.new_tokens
+        return sample.pick(logits, request.params, position, self._history or (), answer_start)
+
+    def _read_prompt(self) -> np.ndarray | None:
+        clock = self.clock
+        started = clock.seconds()
+        clock.cached_tokens = self._cache.keep_common(self._tokens)
+        clock.prefilled = len(self._tokens) - clock.cached_tokens
+        self._report(clock.cached_tokens)
+        logits = self._prefill()
+        clock.prefill_done(started)
+        return logits
+
+    def _prefill(self) -> np.ndarray | None:
+        """Run what is not cached yet, in chunks; the last row's logits [V], None if cancelled."""
+        cache, tokens = self._cache, self._tokens
+        while True:
+            if self.cancelled:
+                self.reason = "cancelled"
+                return None
+            start = len(cache.ids)
+            end = min(start + self.request.prefill_chunk, len(tokens))
+            is_last = end == len(tokens)
+            logits = cache.feed(tokens[start:end], "last" if is_last else "none")
+            self._report(end)
+            if is_last:
+                return logits[0]
+
+    def _advance(self, token: int) -> np.ndarray | None:
+        """Run the step after `token`; logits [V], or None if the answer ends here."""
+        if self._history is not None:
+            self._history.append(token)
+        if self.cancelled:
+            self.reason = "cancelled"
+        elif self.clock.new_tokens >= self.request.max_tokens:
+            self.reason = "length"
+        elif len(self._tokens) <= self._cache.capacity:
+            self.clock.rounds += 1
+            return self._cache.feed([token])[0]
+        elif self.request.slides:
+            return self._slide()
+        else:
+            self.reason = "context"
+        return None
+
+    def _slide(self) -> np.ndarray | None:
+        """Drop the older half of what is not kept, and read the rest again."""
+        tokens, keep = self._tokens, self.request.n_keep
+        newest = max((self._cache.capacity - keep) // 2, 1)
+        del tokens[keep : len(tokens) - newest]
+        self._cache.keep_common(tokens)
+        self.clock.rounds += 1
+        return self._prefill()
+
+    def _report(self, done: int) -> None:
+        """Tell how much of the prompt is read; not during a slide, and not on our clock."""
+        if self.request.on_prefill is not None and self.clock.new_tokens == 0:
+            self.clock.pause()
+            self.request.on_prefill(done, len(self.request.prompt))
+            self.clock.resume()
+
+
+def busy_error() -> BusyError:
+    """The error of a second generation on a model that has one running."""
+    return BusyError(
+        "a generation is still running on this model; finish, close or cancel it first"
+    )

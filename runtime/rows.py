@@ -1,0 +1,51 @@
+"""Trees of rows: what a row may see, and at which position it stands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from forerun.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HIDDEN = np.float32(-1e30)
+
+
+def tree_depths(parents: Sequence[int], count: int) -> np.ndarray:
+    """Depth of each row: 0 for children of the history.
+
+    Args:
+        parents: the row before each row, or -1; parents come first.
+        count: number of rows there must be.
+
+    Raises:
+        OptionError: a row's parent does not come before it, or the number of rows differs.
+    """
+    if len(parents) != count:
+        raise OptionError(f"{count} rows need as many parents, got {len(parents)}")
+    depths = np.zeros(count, np.int64)
+    for row, parent in enumerate(parents):
+        if not -1 <= parent < row:
+            raise OptionError(f"row {row} must have a parent in -1..{row - 1}, got {parent}")
+        depths[row] = depths[parent] + 1 if parent >= 0 else 0
+    return depths
+
+
+def tree_bias(parents: Sequence[int], past: int) -> np.ndarray:
+    """Additive mask of a tree behind `past` tokens.
+
+    Returns:
+        float32 [1, 1, S, past + S]: 0 where a row may look (history, ancestors, itself).
+    """
+    count = len(parents)
+    seen = np.zeros((count, count), bool)
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            seen[row] = seen[parent]
+        seen[row, row] = True
+    bias = np.zeros((1, 1, count, past + count), np.float32)
+    bias[0, 0, :, past:] = np.where(seen, np.float32(0), HIDDEN)
+    return bias
