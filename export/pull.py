@@ -73,7 +73,17 @@ def pull(
             # Another process may have installed it while this one waited for the lock.
             if force or not _is_installed(folder, capacity):
                 _install(entry, variant, folder, accept_terms, report, capacity)
+                _measure_threads(folder, report)
     return folder
+
+
+def _measure_threads(folder: Path, report: Progress) -> None:
+    """Find the best thread count now, so that no later start has to."""
+    from forerun.runtime.probe import probe_bundle
+
+    report("measure threads", 0, 1)
+    probe_bundle(load_manifest(folder), folder)
+    report("measure threads", 1, 1)
 
 
 def _install(

@@ -125,9 +125,17 @@ def compare(
 
 
 def corpus_pieces(
-    manifest: Manifest, folder: Path, context: int, max_tokens: int
+    manifest: Manifest, folder: Path, context: int, max_tokens: int, from_end: bool = False
 ) -> list[np.ndarray]:
-    """Cut the built-in text into pieces of `context` tokens, beginning with the BOS if used."""
+    """Cut the built-in text into pieces of `context` tokens, beginning with the BOS if used.
+
+    Args:
+        manifest: of the bundle whose tokenizer is used.
+        folder: of that bundle.
+        context: tokens of a piece.
+        max_tokens: of all pieces, half of them prose and half reference text.
+        from_end: take the ends of the texts, for calibration, not their beginnings.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(inside(folder, manifest.tokenizer.file)))
@@ -138,7 +146,10 @@ def corpus_pieces(
         text = resources.files("forerun.quant").joinpath(name).read_text(encoding="utf-8")
         budget = max(1, max_tokens // context // len(CORPUS))
         # Eight characters a token is more than any text here needs.
-        ids = tokenizer.encode(text[: budget * width * 8], add_special_tokens=False).ids
+        room = budget * width * 8
+        text = text[-room:] if from_end else text[:room]
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = ids[-budget * width :] if from_end else ids
         cuts = [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)][:budget]
         pieces += [np.array(bos + cut, np.int64) for cut in cuts]
     if not pieces:

@@ -14,9 +14,11 @@ from forerun.errors import OptionError, UnsupportedError
 from forerun.export.bundle import new_bundle, require_space
 from forerun.export.card import CARD_NAME, write_card
 from forerun.export.writer import WEIGHTS_NAME
+from forerun.quant.calibration import input_moments
+from forerun.quant.evaluate import corpus_pieces
 from forerun.quant.gate import check_quality
 from forerun.quant.rewrite import GraphRewriter
-from forerun.quant.rounding import quantize_blocks
+from forerun.quant.rounding import quantize_blocks, quantize_gptq
 from forerun.runtime.manifest import Manifest, Quantization, inside, load_manifest, seal
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from forerun.quant.blocks import Blocks
 
     Progress = Callable[[str, int, int | None], None]
+
+_CALIBRATION_CONTEXT = 512
+_CALIBRATION_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,7 @@ class WeightFormat:
         block: weights that share a scale.
         detail: for people.
         row_exact: a row's result does not depend on the other rows of the step.
+        calibrated: rounding errors are moved to where the built-in text does not notice (GPTQ).
         kl_bound: largest mean KL divergence to the float32 bundle that is let out.
     """
 
@@ -43,16 +49,13 @@ class WeightFormat:
     block: int
     detail: str
     row_exact: bool
+    calibrated: bool
     kl_bound: float
 
 
 FORMATS = {
-    "int4": WeightFormat(
-        4, 32, "4 bits, blocks of 32, scales and zero points by least error", True, 1.0
-    ),
-    "int8": WeightFormat(
-        8, 32, "8 bits, blocks of 32, scales and zero points by least error", True, 0.02
-    ),
+    "int4": WeightFormat(4, 32, "4 bits, blocks of 32, GPTQ", True, True, 1.0),
+    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", True, False, 0.05),
 }
 
 
@@ -111,8 +114,21 @@ def _rewrite(
     graph = manifest.lowerings["cpu"].graph
     model = onnx.load(str(inside(bundle, graph)), load_external_data=False)
 
-    def to_blocks(weight: np.ndarray) -> Blocks:
+    moments: dict[str, np.ndarray] = {}
+    if form.calibrated:
+        pieces = calibration_pieces(manifest, bundle)
+        moments = input_moments(model, manifest, bundle, pieces, report)
+
+    def to_blocks(name: str, weight: np.ndarray) -> Blocks:
+        if name in moments:
+            return quantize_gptq(weight, moments[name], form.bits, form.block)
         return quantize_blocks(weight, form.bits, form.block)
 
     rewriter = GraphRewriter(model, bundle, folder, to_blocks)
     rewriter.write(graph, lambda done, total: report("quantize", done, total))
+
+
+def calibration_pieces(manifest: Manifest, bundle: Path) -> list[np.ndarray]:
+    """Pieces of the built-in text from its end; the measurements read it from its beginning."""
+    context = min(_CALIBRATION_CONTEXT, manifest.kv.capacity)
+    return corpus_pieces(manifest, bundle, context, _CALIBRATION_TOKENS, from_end=True)

@@ -26,7 +26,7 @@ class GraphRewriter:
         model: the graph, its external weights not loaded.
         bundle: where the weights of `model` are.
         folder: where the new graph and its weights go.
-        to_blocks: quantizes a matrix [N, K].
+        to_blocks: quantizes a matrix [N, K], given its name.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class GraphRewriter:
         model: onnx.ModelProto,
         bundle: Path,
         folder: Path,
-        to_blocks: Callable[[np.ndarray], Blocks],
+        to_blocks: Callable[[str, np.ndarray], Blocks],
     ) -> None:
         self._graph = model.graph
         self._bundle = bundle
@@ -87,7 +87,7 @@ class GraphRewriter:
     def _matmul(self, node: onnx.NodeProto) -> None:
         """[.., K] times [K, N]."""
         x, name = node.input
-        q = self._to_blocks(np.ascontiguousarray(self._array(name).T))
+        q = self._to_blocks(name, np.ascontiguousarray(self._array(name).T))
         self._writer.add(
             "MatMulNBits", [x, *self._constants(name, q)], list(node.output), **_nbits(q)
         )
@@ -124,7 +124,7 @@ class GraphRewriter:
     def _table(self, name: str) -> Blocks:
         """Quantize a table once, for the embedding and the head."""
         if name not in self._tables:
-            q = self._to_blocks(np.asarray(self._array(name)))
+            q = self._to_blocks(name, np.asarray(self._array(name)))
             packed = pack_codes(q)
             self._writer.constant(name, packed.reshape(len(packed), -1), inline=False)
             self._constants(name, q, with_codes=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,7 @@ class KVArena:
         shape = (1, layout.heads, layout.capacity, layout.head_dim)
         self.layout = layout
         self.arrays = {
-            f"{part}.{layer}": np.zeros(shape, layout.dtype)
+            f"{part}.{layer}": lazy_zeros(shape, layout.dtype)
             for layer in range(layout.layers)
             for part in ("key", "value")
         }
@@ -88,3 +89,13 @@ class KVArena:
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot rewind to {length}: {self.length} tokens are cached")
         self.length, self.pending = length, 0
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An array of zeros whose memory is taken page by page, when it is first written.
+
+    `numpy.zeros` asks for huge pages, of which a short text would touch all.
+    """
+    count = int(np.prod(shape))
+    buffer = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
+    return np.frombuffer(buffer, dtype, count).reshape(shape)

@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from forerun.devices.session import SessionOptions, open_session
 from forerun.errors import BundleError, OptionError
-from forerun.runtime.arena import KVArena
+from forerun.runtime.arena import KVArena, lazy_zeros
 from forerun.runtime.manifest import inside
 from forerun.runtime.rows import tree_bias, tree_depths
 
@@ -157,7 +157,7 @@ class Runner:
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         # Never written, so its pages are the kernel's zero page and cost no memory.
-        self._no_bias = np.zeros(MAX_ROWS * self.arena.capacity, np.float32)
+        self._no_bias = lazy_zeros((MAX_ROWS * self.arena.capacity,), "float32")
         self._bias = self._no_bias
         self._logits = np.zeros((1, sizes.vocab), np.float32)
         self._hidden = None

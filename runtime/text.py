@@ -59,6 +59,9 @@ def load(
     # Imported here: onnxruntime takes long to import, and wrong input should be told before.
     from forerun.runtime.runner import Runner
 
+    from forerun.runtime.probe import best_threads
+
+    threads = threads or best_threads(manifest)
     return Text(Runner(manifest, folder, threads=threads, spin=spin), tokenizer, template)
 
 

@@ -1,5 +1,6 @@
 """Quantized bundles are measured before they are let out, and leave nothing behind otherwise."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -36,6 +37,13 @@ def test_quantize(weights, bundle, tmp_path):
     assert again.files == manifest.files, "the same input gives the same bytes"
 
 
+def test_calibration_lowers_the_divergence(bundle, tmp_path, monkeypatch):
+    calibrated = quantize(bundle, tmp_path / "gptq").checks[-1].value
+    plain = dataclasses.replace(module.FORMATS["int4"], calibrated=False)
+    monkeypatch.setitem(module.FORMATS, "int4", plain)
+    assert calibrated < 0.9 * quantize(bundle, tmp_path / "plain").checks[-1].value
+
+
 def test_int8_is_close_and_int4_is_not_as_close(bundle, tmp_path):
     kl = {w: quantize(bundle, tmp_path / w, weights=w).checks[-1].value for w in ("int4", "int8")}
     assert kl["int8"] < 0.2 * kl["int4"]
@@ -55,7 +63,7 @@ def test_rows_do_not_depend_on_each_other(weights, bundle, tmp_path):
 
 
 def test_gate_refuses(bundle, tmp_path, monkeypatch):
-    strict = module.WeightFormat(4, 32, "", True, kl_bound=1e-9)
+    strict = module.WeightFormat(4, 32, "", True, False, kl_bound=1e-9)
     monkeypatch.setitem(module.FORMATS, "int4", strict)
     with pytest.raises(ExportMismatch, match="KL"):
         quantize(bundle, tmp_path / "q")

@@ -1,0 +1,104 @@
+"""Second moments of the inputs of each matrix, from the float32 model reading built-in text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from forerun.devices.threads import default_threads
+from forerun.runtime.arena import KVArena
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from forerun.runtime.manifest import Manifest
+
+_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
+
+def input_moments(
+    model: onnx.ModelProto,
+    manifest: Manifest,
+    bundle: Path,
+    pieces: list[np.ndarray],
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Run text through the model and sum up x x^T in front of every matrix product.
+
+    Args:
+        model: the float32 graph, its external weights not loaded; it is not changed.
+        manifest: of the bundle.
+        bundle: where the weights are.
+        pieces: token ids, each int64 [T], read from an empty cache.
+        progress: called with (stage, done, total).
+
+    Returns:
+        Name of the weight to float32 [K, K].
+    """
+    initializers = {t.name for t in model.graph.initializer}
+    watched = {
+        node.input[1]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in initializers
+    }
+    names = sorted(set(watched.values()))
+    session = _open(model, names, bundle)
+    arena = KVArena(manifest.kv)
+    moments: dict[str, np.ndarray] = {}
+    for done, ids in enumerate(pieces):
+        values = _run(session, arena, manifest, ids, names)
+        for name, x in zip(names, values, strict=True):
+            rows = x.reshape(-1, x.shape[-1])
+            moments[name] = moments.get(name, 0) + rows.T @ rows
+        if progress:
+            progress("calibrate", done + 1, len(pieces))
+    return {weight: moments[name] for weight, name in watched.items()}
+
+
+def _open(model: onnx.ModelProto, names: list[str], bundle: Path) -> ort.InferenceSession:
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    for name in names:
+        watched.graph.output.append(onnx.ValueInfoProto(name=name))
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = default_threads()
+    options.log_severity_level = 3
+    options.add_session_config_entry(_FOLDER_KEY, str(bundle.resolve()))
+    return ort.InferenceSession(
+        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _run(
+    session: ort.InferenceSession,
+    arena: KVArena,
+    manifest: Manifest,
+    ids: np.ndarray,
+    names: list[str],
+) -> list[np.ndarray]:
+    form, count = manifest.lowerings["cpu"], len(ids)
+    binding = session.io_binding()
+    for role, array in arena.arrays.items():
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        binding.bind_ortvalue_input(form.inputs[f"past_{role}"].name, value)
+        binding.bind_ortvalue_output(form.outputs[f"present_{role}"].name, value)
+    feeds = {
+        "ids": ids[None],
+        "positions": np.arange(count, dtype=np.int64)[None],
+        "bias": np.zeros((1, 1, count, count), np.float32),
+        "seqlens": np.array([count - 1], np.int32),
+        "total": np.array(count, np.int32),
+        # Every row, since the last layer computes only the rows that are asked for.
+        "rows": np.arange(count, dtype=np.int64),
+    }
+    for role, value in feeds.items():
+        binding.bind_cpu_input(form.inputs[role].name, value)
+    for name in names:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    outputs = binding.get_outputs()
+    return [value.numpy() for value in outputs[-len(names) :]]
