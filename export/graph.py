@@ -207,7 +207,6 @@ def graph_inputs(config: ModelConfig, capacity: int) -> dict[str, TensorSpec]:
     specs = {
         "ids": TensorSpec("ids", "int64", (1, "S")),
         "positions": TensorSpec("positions", "int64", (1, "S")),
-        "bias": TensorSpec("bias", "float32", (1, 1, "S", "T")),
         "seqlens": TensorSpec("seqlens", "int32", (1,)),
         "total": TensorSpec("total", "int32", ()),
         "rows": TensorSpec("rows", "int64", ("R",)),

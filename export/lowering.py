@@ -29,9 +29,9 @@ class AttentionShape:
 class CpuLowering:
     """Contrib operators of the CPU provider; the KV cache is updated in place.
 
-    `GroupQueryAttention` touches only the used part of the cache, takes the tree mask as
-    `attention_bias`, and on this provider also rotates by the explicit `position_ids` (others
-    ignore them), which saves three small nodes a layer.
+    `GroupQueryAttention` touches only the used part of the cache, and on this provider also
+    rotates by the explicit `position_ids` (others ignore them), which saves three small nodes a
+    layer. The mask for trees is added by `tree`.
     """
 
     name = "cpu"
@@ -91,7 +91,7 @@ class CpuLowering:
         past = [f"past_key.{layer}", f"past_value.{layer}"]
         present = [f"present_key.{layer}", f"present_value.{layer}"]
         packed = [*qkv, "", ""][:3]
-        inputs = [*packed, *past, "seqlens", "total", *tables, "positions", "bias"]
+        inputs = [*packed, *past, "seqlens", "total", *tables, "positions"]
         attended = f"attended.{layer}"
         self.w.add(
             "GroupQueryAttention",

@@ -24,7 +24,7 @@ from forerun.runtime.manifest import load_manifest
 _PARTIAL = ".partial-"
 _SLACK = 64 << 20
 # Bytes per weight, scales and everything beside the weights included.
-_BYTES_PER_WEIGHT = {"fp32": 4.1, "int8": 1.3, "int4": 1.0}
+_BYTES_PER_WEIGHT = {"fp32": 4.1, "int8": 1.3, "int4": 1.0, "int4-exact": 1.1}
 
 
 def pull(
@@ -40,7 +40,7 @@ def pull(
 
     Args:
         name: of the catalog, e.g. ``smollm2-135m``.
-        variant: ``int4``, ``int8`` or ``fp32``; None takes the model's default. For a quantized
+        variant: ``int4``, ``int4-exact``, ``int8`` or ``fp32``; None takes the model's default. For a quantized
             variant the float32 bundle is used if it is installed, and is not kept otherwise.
         accept_terms: the user has read and accepted the terms of the model, if it has any.
         progress: called with (stage, done, total).

@@ -89,7 +89,6 @@ def _run(
     feeds = {
         "ids": ids[None],
         "positions": np.arange(count, dtype=np.int64)[None],
-        "bias": np.zeros((1, 1, count, count), np.float32),
         "seqlens": np.array([count - 1], np.int32),
         "total": np.array(count, np.int32),
         # Every row, since the last layer computes only the rows that are asked for.

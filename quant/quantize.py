@@ -13,6 +13,7 @@ import onnx
 from forerun.errors import OptionError, UnsupportedError
 from forerun.export.bundle import new_bundle, require_space
 from forerun.export.card import CARD_NAME, write_card
+from forerun.export.tree import TREE_GRAPH_NAME, write_tree_graph
 from forerun.export.writer import WEIGHTS_NAME
 from forerun.quant.calibration import input_moments
 from forerun.quant.evaluate import corpus_pieces
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int | None], None]
 
+_SMALL_BLOCK = 32
 _CALIBRATION_CONTEXT = 512
 _CALIBRATION_TOKENS = 4096
 
@@ -40,7 +42,6 @@ class WeightFormat:
         bits: of a code.
         block: weights that share a scale.
         detail: for people.
-        row_exact: a row's result does not depend on the other rows of the step.
         calibrated: rounding errors are moved to where the built-in text does not notice (GPTQ).
         kl_bound: largest mean KL divergence to the float32 bundle that is let out.
     """
@@ -48,14 +49,14 @@ class WeightFormat:
     bits: int
     block: int
     detail: str
-    row_exact: bool
     calibrated: bool
     kl_bound: float
 
 
 FORMATS = {
-    "int4": WeightFormat(4, 32, "4 bits, blocks of 32, GPTQ", True, True, 1.0),
-    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", True, False, 0.05),
+    "int4": WeightFormat(4, 64, "4 bits, blocks of 64, GPTQ", True, 1.0),
+    "int4-exact": WeightFormat(4, 32, "4 bits, blocks of 32, GPTQ", True, 1.0),
+    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", False, 0.05),
 }
 
 
@@ -91,8 +92,7 @@ def quantize(
         _copy_others(manifest, bundle, folder)
         _rewrite(manifest, bundle, folder, form, report)
         quant = Quantization(weights, form.bits, form.block, form.detail)
-        lowering = dataclasses.replace(manifest.lowerings["cpu"], row_exact=form.row_exact)
-        new = dataclasses.replace(manifest, quantization=quant, lowerings={"cpu": lowering})
+        new = dataclasses.replace(manifest, quantization=quant)
         check = check_quality(new, folder, manifest, bundle, form.kl_bound, report)
         new = dataclasses.replace(new, checks=(*manifest.checks, check))
         write_card(folder, new)
@@ -102,7 +102,7 @@ def quantize(
 def _copy_others(manifest: Manifest, bundle: Path, folder: Path) -> None:
     graph = manifest.lowerings["cpu"].graph
     for name in manifest.files:
-        if name not in (graph, WEIGHTS_NAME, CARD_NAME):
+        if name not in (graph, TREE_GRAPH_NAME, WEIGHTS_NAME, CARD_NAME):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside(bundle, name), target)
@@ -120,12 +120,15 @@ def _rewrite(
         moments = input_moments(model, manifest, bundle, pieces, report)
 
     def to_blocks(name: str, weight: np.ndarray) -> Blocks:
+        # Some models are as wide as 32 divides and 64 does not; smaller blocks lose nothing.
+        block = form.block if weight.shape[1] % form.block == 0 else _SMALL_BLOCK
         if name in moments:
-            return quantize_gptq(weight, moments[name], form.bits, form.block)
-        return quantize_blocks(weight, form.bits, form.block)
+            return quantize_gptq(weight, moments[name], form.bits, block)
+        return quantize_blocks(weight, form.bits, block)
 
     rewriter = GraphRewriter(model, bundle, folder, to_blocks)
     rewriter.write(graph, lambda done, total: report("quantize", done, total))
+    write_tree_graph(folder, graph)
 
 
 def calibration_pieces(manifest: Manifest, bundle: Path) -> list[np.ndarray]:

@@ -60,18 +60,17 @@ class KVLayout:
 class Lowering:
     """One form of the graph for one family of devices.
 
-    Roles of inputs: `ids` int64 [1, S], `positions` int64 [1, S], `bias` float32 [1, 1, S, T],
-    `seqlens` int32 [1] (T - 1), `total` int32 [] (T), `rows` int64 [R] (rows that want logits),
-    `past_key.N`, `past_value.N`. Roles of outputs: `logits` float32 [1, R, V], `hidden`
-    float32 [1, R, D] (optional), `present_key.N`, `present_value.N`, which are bound to the
-    same memory as the inputs of the same number.
+    Roles of inputs: `ids` int64 [1, S], `positions` int64 [1, S], `seqlens` int32 [1] (T - 1),
+    `total` int32 [] (T), `rows` int64 [R] (rows that want logits), `past_key.N`, `past_value.N`,
+    and in lowerings for trees `bias` float32 [1, 1, S, T]. Roles of outputs: `logits` float32
+    [1, R, V], `hidden` float32 [1, R, D] (optional), `present_key.N`, `present_value.N`, which
+    are bound to the same memory as the inputs of the same number.
     """
 
     graph: str
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     query_widths: tuple[int, ...] = ()
-    row_exact: bool = False
 
 
 @dataclass(frozen=True)

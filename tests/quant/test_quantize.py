@@ -10,7 +10,7 @@ from tiny import edit_manifest, tiny_bundle
 from forerun.errors import BundleError, ExportMismatch, OptionError, UnsupportedError
 from forerun.quant import quantize as module
 from forerun.quant.evaluate import evaluate
-from forerun.quant.quantize import quantize
+from forerun.quant.quantize import FORMATS, quantize
 from forerun.runtime.manifest import load_manifest
 from forerun.runtime.runner import Runner
 
@@ -21,7 +21,7 @@ def bundle(tmp_path_factory):
     return tiny_bundle("llama", folder, capacity=256)[1]
 
 
-@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("weights", FORMATS)
 def test_quantize(weights, bundle, tmp_path):
     stages = []
     manifest = quantize(
@@ -49,11 +49,10 @@ def test_int8_is_close_and_int4_is_not_as_close(bundle, tmp_path):
     assert kl["int8"] < 0.2 * kl["int4"]
 
 
-@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("weights", FORMATS)
 def test_rows_do_not_depend_on_each_other(weights, bundle, tmp_path):
     """Quantized matrices give a row the same bits in a step of one and in a wide one."""
     manifest = quantize(bundle, tmp_path / "q", weights=weights)
-    assert manifest.lowerings["cpu"].row_exact
     ids = np.random.default_rng(0).integers(0, 200, 8)
     runner = Runner(manifest, tmp_path / "q", threads=1)
     wide = runner.step(ids, want="all").copy()
@@ -63,7 +62,7 @@ def test_rows_do_not_depend_on_each_other(weights, bundle, tmp_path):
 
 
 def test_gate_refuses(bundle, tmp_path, monkeypatch):
-    strict = module.WeightFormat(4, 32, "", True, False, kl_bound=1e-9)
+    strict = module.WeightFormat(4, 32, "", False, kl_bound=1e-9)
     monkeypatch.setitem(module.FORMATS, "int4", strict)
     with pytest.raises(ExportMismatch, match="KL"):
         quantize(bundle, tmp_path / "q")
@@ -77,7 +76,7 @@ def test_twice_is_refused(bundle, tmp_path):
 
 
 def test_unknown_format(bundle, tmp_path):
-    with pytest.raises(OptionError, match="int4, int8"):
+    with pytest.raises(OptionError, match="int4, int4-exact, int8"):
         quantize(bundle, tmp_path / "q", weights="int3")
 
 

@@ -1,0 +1,1 @@
+"""Programs over the public names of forerun: command line and benchmarks."""

@@ -1,0 +1,1 @@
+"""Benchmarks: each runtime in a process of its own, one working at a time, all interleaved."""

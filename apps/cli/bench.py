@@ -1,0 +1,61 @@
+"""`forerun bench`: measurements, with the peers beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from forerun.apps.cli import options
+from forerun.errors import OptionError
+
+HELP = "Measure forerun, and other runtimes on the same weights."
+
+TEXT_HELP = """Measure prefill, decoding and memory, each runtime in a process of its own, by turns.
+
+\b
+forerun bench text
+forerun bench text --peers --runs 7 --json bench-text.json
+forerun bench text --depths 0,512 --threads 4
+"""
+
+Peers = Annotated[bool, typer.Option("--peers", help="Every installed peer too (extra: peers).")]
+JsonFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--json", metavar="FILE", help="Write all figures to this file."),
+]
+Runs = Annotated[int, typer.Option("--runs", min=1, help="Repetitions of every measurement.")]
+Depths = Annotated[
+    str, typer.Option("--depths", metavar="N,N,...", help="Tokens in the cache when decoding.")
+]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of every runtime.")]
+
+
+def bench_text(
+    peers: Peers = False,
+    json_file: JsonFile = None,
+    runs: Runs = 5,
+    depths: Depths = "0,512,1900",
+    threads: Threads = 2,
+    model: options.Model = options.DEFAULT_MODEL,
+) -> None:
+    """Measure text generation; `TEXT_HELP` is what the user reads."""
+    wanted = depth_list(depths)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise OptionError(f"{json_file.absolute().parent} is not a folder; make it first")
+    from forerun.apps.bench.text import run
+
+    run(peers=peers, json_path=json_file, runs=runs, depths=wanted, threads=threads, model=model)
+
+
+def depth_list(text: str) -> list[int]:
+    """Return the depths of ``0,512,1900``, in order and each once.
+
+    Raises:
+        OptionError: one of them is not a whole number of at least 0.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise OptionError(f"--depths {text!r} is not a list of whole numbers such as 0,512,1900")
+    return sorted({int(part) for part in parts})

@@ -1,0 +1,139 @@
+"""A graph whose inputs, outputs and KV cache are bound once to memory that stays."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from forerun.devices.session import SessionOptions, open_session
+from forerun.runtime.manifest import inside
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from forerun.runtime.arena import KVArena
+    from forerun.runtime.manifest import Lowering, ModelSizes
+
+MAX_ROWS = 2048
+
+
+class BoundGraph:
+    """One session on one form of the graph; several can share a KV cache.
+
+    The KV arrays are bound as input and as output, so the graph writes into them in place; a
+    step neither allocates nor copies them.
+
+    Args:
+        form: the lowering to load.
+        folder: of the bundle.
+        options: of the session.
+        arena: the KV cache.
+        sizes: of the model.
+
+    Raises:
+        BundleError: the graph cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        form: Lowering,
+        folder: Path,
+        options: SessionOptions,
+        arena: KVArena,
+        sizes: ModelSizes,
+    ) -> None:
+        self._form = form
+        self._session: Any = open_session(inside(folder, form.graph), options)
+        self._binding: Any = self._session.io_binding()
+        self._kept = [self._bind_cache(role, array) for role, array in arena.arrays.items()]
+        self._ids = np.zeros((1, MAX_ROWS), np.int64)
+        self._positions = np.zeros((1, MAX_ROWS), np.int64)
+        self._rows = np.zeros(MAX_ROWS, np.int64)
+        self._seqlens = np.zeros(1, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._logits = np.zeros((1, sizes.vocab), np.float32)
+        self._hidden = np.zeros((1, sizes.hidden), np.float32) if "hidden" in form.outputs else None
+        self._bind_input("seqlens", self._seqlens, (1,))
+        self._bind_input("total", self._total, ())
+        self._shape = (0, 0)
+        self.seconds = 0.0
+
+    def run(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray | int,
+        rows: np.ndarray,
+        past: int,
+        bias: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Run rows behind `past` cached tokens.
+
+        Args:
+            ids: int64 [S].
+            positions: int64 [S], or the position of the first row of a chain.
+            rows: int64 [R], which rows' logits to compute.
+            past: cached tokens.
+            bias: float32 [1, 1, S, past + S], for a graph that takes one.
+
+        Returns:
+            float32 [R, V], a view that is valid until the next run.
+        """
+        count, wanted = len(ids), len(rows)
+        if self._shape != (count, wanted):
+            self._bind_shapes(count, wanted)
+        self._ids[0, :count] = ids
+        self._rows[:wanted] = rows
+        if isinstance(positions, int) and count == 1:
+            self._positions[0, 0] = positions
+        elif isinstance(positions, int):
+            positions = np.arange(positions, positions + count)
+        if not isinstance(positions, int):
+            self._positions[0, :count] = positions
+        self._seqlens[0] = past + count - 1
+        self._total[...] = past + count
+        if bias is not None:
+            self._bind_input("bias", bias, bias.shape)
+        started = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        self.seconds += time.perf_counter() - started
+        return self._logits[:wanted]
+
+    @property
+    def hidden(self) -> np.ndarray | None:
+        """float32 [R, D] of the last run's wanted rows, if the graph gives them."""
+        return None if self._hidden is None else self._hidden[: self._shape[1]]
+
+    def close(self) -> None:
+        """Free the session."""
+        self._binding = self._session = None
+        self._kept.clear()
+
+    def _bind_cache(self, role: str, array: np.ndarray) -> ort.OrtValue:
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._binding.bind_ortvalue_input(self._form.inputs[f"past_{role}"].name, value)
+        self._binding.bind_ortvalue_output(self._form.outputs[f"present_{role}"].name, value)
+        return value
+
+    def _bind_input(self, role: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+        name = self._form.inputs[role].name
+        self._binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
+
+    def _bind_output(self, role: str, array: np.ndarray, rows: int) -> None:
+        name, shape = self._form.outputs[role].name, (1, rows, array.shape[1])
+        self._binding.bind_output(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
+
+    def _bind_shapes(self, count: int, wanted: int) -> None:
+        if wanted > len(self._logits):
+            self._logits = np.zeros((wanted, self._logits.shape[1]), np.float32)
+            if self._hidden is not None:
+                self._hidden = np.zeros((wanted, self._hidden.shape[1]), np.float32)
+        self._bind_input("ids", self._ids, (1, count))
+        self._bind_input("positions", self._positions, (1, count))
+        self._bind_input("rows", self._rows, (wanted,))
+        self._bind_output("logits", self._logits, wanted)
+        if self._hidden is not None:
+            self._bind_output("hidden", self._hidden, wanted)
+        self._shape = (count, wanted)
