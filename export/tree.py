@@ -37,6 +37,4 @@ def write_tree_graph(folder: Path, graph: str) -> None:
 
 def tree_lowering(chain: Lowering) -> Lowering:
     """The manifest's entry for the graph that `write_tree_graph` writes."""
-    return dataclasses.replace(
-        chain, graph=TREE_GRAPH_NAME, inputs=chain.inputs | {"bias": _BIAS}
-    )
+    return dataclasses.replace(chain, graph=TREE_GRAPH_NAME, inputs=chain.inputs | {"bias": _BIAS})

@@ -42,6 +42,7 @@ class WeightFormat:
         bits: of a code.
         block: weights that share a scale.
         detail: for people.
+        wide: prefixes of the names of matrices that get 8 bits whatever `bits` says.
         calibrated: rounding errors are moved to where the built-in text does not notice (GPTQ).
         kl_bound: largest mean KL divergence to the float32 bundle that is let out.
     """
@@ -49,14 +50,18 @@ class WeightFormat:
     bits: int
     block: int
     detail: str
+    wide: tuple[str, ...]
     calibrated: bool
     kl_bound: float
 
 
+# Queries, keys and values are an eighth of the weights and half of what 4 bits cost in quality.
+_QKV = ("qkv.",)
+
 FORMATS = {
-    "int4": WeightFormat(4, 64, "4 bits, blocks of 64, GPTQ", True, 1.0),
-    "int4-exact": WeightFormat(4, 32, "4 bits, blocks of 32, GPTQ", True, 1.0),
-    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", False, 0.05),
+    "int4": WeightFormat(4, 64, "4 bits (qkv 8), blocks of 64, GPTQ", _QKV, True, 1.0),
+    "int4-exact": WeightFormat(4, 32, "4 bits (qkv 8), blocks of 32, GPTQ", _QKV, True, 1.0),
+    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", (), False, 0.05),
 }
 
 
@@ -122,6 +127,8 @@ def _rewrite(
     def to_blocks(name: str, weight: np.ndarray) -> Blocks:
         # Some models are as wide as 32 divides and 64 does not; smaller blocks lose nothing.
         block = form.block if weight.shape[1] % form.block == 0 else _SMALL_BLOCK
+        if name.startswith(form.wide):
+            return quantize_blocks(weight, 8, block)
         if name in moments:
             return quantize_gptq(weight, moments[name], form.bits, block)
         return quantize_blocks(weight, form.bits, block)

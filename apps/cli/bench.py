@@ -18,6 +18,17 @@ TEXT_HELP = """Measure prefill, decoding and memory, each runtime in a process o
 forerun bench text
 forerun bench text --peers --runs 7 --json bench-text.json
 forerun bench text --depths 0,512 --threads 4
+
+Peers that cannot live in this environment are looked for in that of another Python:
+FORERUN_PEERS_PYTHON=peers/bin/python forerun bench text --peers
+"""
+
+QUALITY_HELP = """Compare what each form of the weights says with the float32 bundle.
+
+\b
+forerun pull smollm2-135m --variant fp32
+forerun bench quality
+forerun bench quality --peers --tokens 8192 --json quality.json
 """
 
 Peers = Annotated[bool, typer.Option("--peers", help="Every installed peer too (extra: peers).")]
@@ -29,6 +40,7 @@ Runs = Annotated[int, typer.Option("--runs", min=1, help="Repetitions of every m
 Depths = Annotated[
     str, typer.Option("--depths", metavar="N,N,...", help="Tokens in the cache when decoding.")
 ]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How much text is read.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of every runtime.")]
 
 
@@ -42,11 +54,29 @@ def bench_text(
 ) -> None:
     """Measure text generation; `TEXT_HELP` is what the user reads."""
     wanted = depth_list(depths)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise OptionError(f"{json_file.absolute().parent} is not a folder; make it first")
+    _check_folder(json_file)
     from forerun.apps.bench.text import run
 
     run(peers=peers, json_path=json_file, runs=runs, depths=wanted, threads=threads, model=model)
+
+
+def bench_quality(
+    peers: Peers = False,
+    json_file: JsonFile = None,
+    tokens: Tokens = 4096,
+    threads: Threads = 2,
+    model: options.Model = options.DEFAULT_MODEL,
+) -> None:
+    """Measure what quantization costs; `QUALITY_HELP` is what the user reads."""
+    _check_folder(json_file)
+    from forerun.apps.bench.quality import run_quality
+
+    run_quality(model=model, json_path=json_file, peers=peers, tokens=tokens, threads=threads)
+
+
+def _check_folder(json_file: Path | None) -> None:
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise OptionError(f"{json_file.absolute().parent} is not a folder; make it first")
 
 
 def depth_list(text: str) -> list[int]:

@@ -41,7 +41,10 @@ COMMANDS = {
     "evaluate": (evaluate.evaluate, evaluate.HELP),
     "devices": (devices.devices, devices.HELP),
 }
-BENCHES = {"text": (bench.bench_text, bench.TEXT_HELP)}
+BENCHES = {
+    "text": (bench.bench_text, bench.TEXT_HELP),
+    "quality": (bench.bench_quality, bench.QUALITY_HELP),
+}
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

@@ -32,7 +32,9 @@ Name = Annotated[
 Variant = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        "--variant", metavar="int4|int4-exact|int8|fp32", help="Form of the weights; int4 if absent."
+        "--variant",
+        metavar="int4|int4-exact|int8|fp32",
+        help="Form of the weights; int4 if absent.",
     ),
 ]
 AcceptTerms = Annotated[
