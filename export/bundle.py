@@ -28,9 +28,9 @@ def new_bundle(out: Path) -> Iterator[Path]:
         SpaceError: the disk is full.
     """
     out = Path(out).absolute()
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if not (out / "manifest.json").is_file():
-            raise OptionError(f"{out} exists and is not a bundle; choose another folder")
+    taken = out.exists() and any(out.iterdir() if out.is_dir() else [out])
+    if taken and not (out / "manifest.json").is_file():
+        raise OptionError(f"{out} exists and is not a bundle; choose another folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))

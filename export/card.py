@@ -23,7 +23,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         f"- licence: {m.source.licence or 'not stated by the source'}",
         f"- parameters: {m.model.parameters:,}, layers: {m.model.layers}",
         f"- weights: {weights}",
-        f"- KV cache: {m.kv.dtype}, {m.kv.capacity} tokens, {m.kv.nbytes_per_token:,} bytes a token",
+        f"- KV cache: {m.kv.dtype}, {m.kv.capacity} tokens of {m.kv.nbytes_per_token:,} bytes",
         "",
         "| checked against | metric | value | bound |",
         "|---|---|---|---|",

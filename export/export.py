@@ -13,7 +13,7 @@ from forerun.export.card import write_card
 from forerun.export.check import check_export
 from forerun.export.graph import DecoderGraph, cpu_lowering, kv_layout
 from forerun.export.tokenizer import write_tokenizer
-from forerun.export.tree import tree_lowering, write_tree_graph
+from forerun.export.tree import takes_trees, tree_lowering, write_tree_graph
 from forerun.runtime.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -70,7 +70,8 @@ def export_model(
     with new_bundle(Path(out)) as folder:
         graph = DecoderGraph(source, arch, folder, capacity, hidden_states)
         graph.write(GRAPH_NAME, lambda done, total: report("export", done, total))
-        write_tree_graph(folder, GRAPH_NAME)
+        if takes_trees(config):
+            write_tree_graph(folder, GRAPH_NAME)
         manifest = _manifest(source, folder, name, capacity, hidden_states)
         manifest = _checked(source, arch, manifest, folder, report)
         write_card(folder, manifest)
@@ -91,7 +92,9 @@ def _manifest(
 ) -> Manifest:
     c = source.config
     write_tokenizer(source.tokenizer_files(), folder / TOKENIZER_NAME)
-    chain = cpu_lowering(c, capacity, hidden_states, GRAPH_NAME)
+    forms = {"cpu": cpu_lowering(c, capacity, hidden_states, GRAPH_NAME)}
+    if takes_trees(c):
+        forms["cpu-tree"] = tree_lowering(forms["cpu"])
     if c.chat_template:
         (folder / TEMPLATE_NAME).write_text(c.chat_template, encoding="utf-8")
     return Manifest(
@@ -101,7 +104,7 @@ def _manifest(
         source=Source(source.origin, c.licence, source.sha256),
         model=ModelSizes(c.vocab, c.hidden, c.layers, c.context, parameter_count(c)),
         kv=kv_layout(c, capacity),
-        lowerings={"cpu": chain, "cpu-tree": tree_lowering(chain)},
+        lowerings=forms,
         tokenizer=TokenizerInfo(
             file=TOKENIZER_NAME,
             sha256=file_sha256(folder / TOKENIZER_NAME),

@@ -40,8 +40,9 @@ def pull(
 
     Args:
         name: of the catalog, e.g. ``smollm2-135m``.
-        variant: ``int4``, ``int4-exact``, ``int8`` or ``fp32``; None takes the model's default. For a quantized
-            variant the float32 bundle is used if it is installed, and is not kept otherwise.
+        variant: ``int4``, ``int4-exact``, ``int8`` or ``fp32``; None takes the model's
+            default. For a quantized variant the float32 bundle is used if it is installed, and
+            is not kept otherwise.
         accept_terms: the user has read and accepted the terms of the model, if it has any.
         progress: called with (stage, done, total).
         capacity: length of the static KV cache; None takes the exporter's default.

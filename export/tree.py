@@ -12,12 +12,22 @@ from onnx import TensorProto, helper
 from forerun.runtime.manifest import TensorSpec
 
 if TYPE_CHECKING:
+    from forerun.export.sources import ModelConfig
     from forerun.runtime.manifest import Lowering
 
 TREE_GRAPH_NAME = "model-tree.onnx"
 _BIAS = TensorSpec("bias", "float32", (1, 1, "S", "T"))
 # Place of the additive mask among the inputs of GroupQueryAttention.
 _BIAS_INPUT = 10
+
+
+def takes_trees(config: ModelConfig) -> bool:
+    """Whether trees can be run: ONNX Runtime counts a sliding window in rows, not in positions.
+
+    With a window, a row's second child would see too little of the history, so models that have
+    one get no graph for trees.
+    """
+    return not any(config.layer_window)
 
 
 def write_tree_graph(folder: Path, graph: str) -> None:

@@ -94,20 +94,25 @@ def export_via_optimum(
         _export(str(source), folder)
         report("export", 1, 1)
         kind, error, bound = _check(str(source), folder, report)
-        found: dict[str, Any] = {
-            "out": str(out),
-            "source": Path(source).name if Path(source).exists() else str(source),
+        found = _describe(source, Path(out), folder) | {
             "model_type": kind,
-            "task": TASK,
-            "graph": "model.onnx",
-            "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "max_abs_error": error,
             "bound": bound,
-            "runs_with": "optimum.onnxruntime.ORTModelForCausalLM",
-            "given_up": list(GIVEN_UP),
         }
         (folder / "README.md").write_text(_card(Path(out).name, found), encoding="utf-8")
     return found
+
+
+def _describe(source: str | Path, out: Path, folder: Path) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "source": Path(source).name if Path(source).exists() else str(source),
+        "task": TASK,
+        "graph": "model.onnx",
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "runs_with": "optimum.onnxruntime.ORTModelForCausalLM",
+        "given_up": list(GIVEN_UP),
+    }
 
 
 def _require_extra() -> None:

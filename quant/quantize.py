@@ -135,7 +135,8 @@ def _rewrite(
 
     rewriter = GraphRewriter(model, bundle, folder, to_blocks)
     rewriter.write(graph, lambda done, total: report("quantize", done, total))
-    write_tree_graph(folder, graph)
+    if TREE_GRAPH_NAME in manifest.files:
+        write_tree_graph(folder, graph)
 
 
 def calibration_pieces(manifest: Manifest, bundle: Path) -> list[np.ndarray]:

@@ -119,7 +119,10 @@ class Runner:
     def _open(self, lowering: str) -> BoundGraph:
         forms = self.manifest.lowerings
         if lowering not in forms:
-            raise BundleError(f"the bundle has no lowering {lowering!r}; it has {', '.join(forms)}")
+            raise BundleError(
+                f"the bundle has no lowering {lowering!r}, only {', '.join(forms)}; "
+                "models with a sliding window have none for trees"
+            )
         return BoundGraph(
             forms[lowering], self._folder, self._options, self.arena, self.manifest.model
         )

@@ -57,9 +57,8 @@ def load(
     template = _read_template(manifest, folder)
     tokenizer = Tokenizer(manifest, folder)
     # Imported here: onnxruntime takes long to import, and wrong input should be told before.
-    from forerun.runtime.runner import Runner
-
     from forerun.runtime.probe import best_threads
+    from forerun.runtime.runner import Runner
 
     threads = threads or best_threads(manifest)
     return Text(Runner(manifest, folder, threads=threads, spin=spin), tokenizer, template)

@@ -131,11 +131,13 @@ def test_windows_hold_beyond_the_window(arch, tmp_path):
     whole = fresh(runner, ids)
     runner.arena.rewind(0)
     close(np.concatenate([runner.step([t]).copy() for t in ids]), whole)
+    with pytest.raises(BundleError, match="cpu-tree"):
+        runner.step([1, 2], parents=[-1, -1])
 
 
 def test_unknown_lowering(tmp_path):
     manifest, folder = tiny_bundle("llama", tmp_path)
-    with pytest.raises(BundleError, match="cpu"):
+    with pytest.raises(BundleError, match="has no lowering"):
         Runner(manifest, folder, lowering="npu")
 
 

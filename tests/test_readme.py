@@ -1,0 +1,224 @@
+"""What README.md shows is true: its Python runs, and its command lines are ones we have."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import forerun
+
+ROOT = Path(forerun.__file__).resolve().parent
+README = ROOT / "README.md"
+SHELLS = {"bash", "console", "sh", "shell"}
+TIMEOUT_S = 120
+_FENCE = re.compile(r"^( *)(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)^ *\2`*[ \t]*$", re.M | re.S)
+_OPERATORS = re.compile(r"[|&;()]+")
+_REDIRECTIONS = re.compile(r"[<>]+&?")
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of code of the README."""
+
+    line: int
+    language: str
+    code: str
+
+
+def blocks_of(markdown):
+    found = []
+    for match in _FENCE.finditer(markdown):
+        indent, language, code = match.group(1), match.group(3).lower(), match.group(4)
+        code = re.sub(rf"^{indent}", "", code, flags=re.M)
+        found.append(Block(markdown[: match.start()].count("\n") + 1, language, code))
+    return found
+
+
+def commands_of(code):
+    """Simple commands of a block of shell, as lists of words; the output it shows is left out."""
+    lines = code.replace("\\\n", " ").splitlines()
+    if any(line.startswith("$ ") for line in lines):
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    return [words for line in lines for words in _split(line) if words]
+
+
+def _split(line):
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;()<>")
+    lexer.whitespace_split = True
+    commands, skip_next = [[]], False
+    for word in lexer:
+        if _OPERATORS.fullmatch(word):
+            commands.append([])
+        elif _REDIRECTIONS.fullmatch(word):
+            # The number before a redirection belongs to it, and so does the file behind it.
+            if commands[-1] and commands[-1][-1].isdigit():
+                commands[-1].pop()
+            skip_next = True
+            continue
+        elif not skip_next and not (not commands[-1] and _ASSIGNMENT.match(word)):
+            commands[-1].append(word)
+        skip_next = False
+    return commands
+
+
+def parse(words):
+    """Let the command's own parser read a line of the README; nothing is run.
+
+    Options, their values, arguments that are needed: all of it is checked.
+    """
+    import typer.main
+
+    from forerun.apps.cli.main import build
+
+    command, context = typer.main.get_command(build()), None
+    name, rest = "forerun", list(words[1:])
+    while True:
+        context = command.make_context(name, rest, parent=context)
+        if not hasattr(command, "commands"):
+            return context
+        given = [*getattr(context, "_protected_args", ()), *context.args]
+        if not given:
+            return context
+        name, command, rest = command.resolve_command(context, given)
+
+
+def refusal(words):
+    """None, or why the parser does not take a line."""
+    import typer
+
+    try:
+        parse(words)
+    except typer.Exit as leave:
+        return None if leave.exit_code == 0 else f"exit code {leave.exit_code}"
+    except Exception as error:
+        return getattr(error, "format_message", lambda: repr(error))()
+    return None
+
+
+BLOCKS = blocks_of(README.read_text("utf-8")) if README.is_file() else []
+PYTHON = [block for block in BLOCKS if block.language in ("python", "py")]
+COMMANDS = [
+    (block.line, words)
+    for block in BLOCKS
+    if block.language in SHELLS
+    for words in commands_of(block.code)
+]
+
+
+def test_readme_shows_python_and_commands():
+    assert README.is_file(), "README.md is missing"
+    assert PYTHON, "README.md has no ```python block"
+    shown = {words[1] for _, words in COMMANDS if words[0] == "forerun" and len(words) > 1}
+    assert {"pull", "generate", "chat"} <= shown
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"line{block.line}")
+def test_python_of_the_readme_runs(block, tmp_path):
+    """As a user would: a fresh Python in an empty folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", block.code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:__main__"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, f"README.md, line {block.line}:\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [pair for pair in COMMANDS if pair[1][0] == "forerun"],
+    ids=lambda value: f"line{value}" if isinstance(value, int) else " ".join(value)[:40],
+)
+def test_command_of_the_readme_is_one_we_have(line, words, capsys):
+    why = refusal(words)
+    assert why is None, f"README.md, line {line}: {shlex.join(words)}: {why}"
+
+
+@pytest.mark.parametrize(
+    "name", sorted({" ".join(w[1:2]) for _, w in COMMANDS if w[0] == "forerun"} - {""})
+)
+def test_help_of_a_shown_command(name, capsys):
+    from forerun.apps.cli.main import main
+
+    assert main([name, "--help"] if name[0] != "-" else [name]) == 0
+    assert capsys.readouterr().out
+
+
+def test_make_targets_of_the_readme_are_there():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    shown = {
+        word
+        for _, words in COMMANDS
+        if words[0] == "make"
+        for word in words[1:]
+        if not word.startswith("-") and "=" not in word
+    }
+    assert shown <= targets, f"the Makefile has no {shown - targets}"
+
+
+def test_files_that_the_readme_links_to_are_there():
+    text = README.read_text("utf-8") if README.is_file() else ""
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
+
+
+SAMPLE = """
+Text.
+
+```python
+x = 1
+```
+1. Item
+   ```console
+   $ FORERUN_HOME=/models forerun pull gemma3-270m --accept-terms   # with its terms
+   pulled
+   $ git diff | forerun generate - --system "Say (what) changed; briefly" \\
+       --max-tokens 80 2> log.txt && forerun bench text --runs 3 > table.txt
+   ```
+~~~json
+{"forerun": 1}
+~~~
+"""
+
+
+def test_blocks_and_commands_are_found():
+    blocks = blocks_of(SAMPLE)
+    assert [(b.language, b.line) for b in blocks] == [("python", 4), ("console", 8), ("json", 14)]
+    assert blocks[0].code == "x = 1\n"
+    assert commands_of(blocks[1].code) == [
+        ["forerun", "pull", "gemma3-270m", "--accept-terms"],
+        ["git", "diff"],
+        ["forerun", "generate", "-", "--system", "Say (what) changed; briefly", "--max-tokens"]
+        + ["80"],
+        ["forerun", "bench", "text", "--runs", "3"],
+    ]
+    assert commands_of("make demo\nforerun chat\n") == [["make", "demo"], ["forerun", "chat"]]
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("forerun genrate hi", "genrate"),
+        ("forerun generate hi --colour red", "--colour"),
+        ("forerun generate hi --max-tokens many", "many"),
+        ("forerun generate hi there", "there"),
+        ("forerun bench poetry", "poetry"),
+        ("forerun export a.gguf", "OUT"),
+    ],
+)
+def test_wrong_commands_would_be_found(line, named):
+    why = refusal(line.split())
+    assert why is not None and named in why
+    assert refusal(["forerun", "--version"]) is None
+    assert refusal(["forerun", "generate", "hi", "--help"]) is None
