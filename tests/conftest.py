@@ -1,5 +1,10 @@
+import signal
 import sys
 from pathlib import Path
 
 # Helpers shared by all test folders (tiny.py, fakes.py) are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# A job in the background may ignore Ctrl-C, and programs that the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
