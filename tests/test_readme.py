@@ -1,5 +1,6 @@
 """What README.md shows is true: its Python runs, and its command lines are ones we have."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -101,14 +102,30 @@ def refusal(words):
     return None
 
 
-BLOCKS = blocks_of(README.read_text("utf-8")) if README.is_file() else []
+def option_names():
+    """Every option of every command."""
+    import typer.main
+
+    from forerun.apps.cli.main import build
+
+    commands, names = [typer.main.get_command(build())], set()
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        names |= {name for param in command.params for name in param.opts}
+    return names | {"--help"}
+
+
+TEXT = README.read_text("utf-8") if README.is_file() else ""
+BLOCKS = blocks_of(TEXT)
+# `code` between the words of a sentence.
+SPANS = re.findall(r"`([^`\n]+)`", _FENCE.sub("", TEXT))
 PYTHON = [block for block in BLOCKS if block.language in ("python", "py")]
 COMMANDS = [
     (block.line, words)
     for block in BLOCKS
     if block.language in SHELLS
     for words in commands_of(block.code)
-]
+] + [(0, words) for span in SPANS if span.startswith("forerun ") for words in commands_of(span)]
 
 
 def test_readme_shows_python_and_commands():
@@ -165,9 +182,20 @@ def test_make_targets_of_the_readme_are_there():
     assert shown <= targets, f"the Makefile has no {shown - targets}"
 
 
+def test_options_between_the_words_are_there():
+    shown = {name for span in SPANS for name in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)}
+    assert shown <= option_names(), f"no command has {shown - option_names()}"
+
+
+def test_every_field_of_generate_json_is_documented():
+    names = ["text", "tokens", "finish_reason", "seed", "model", "logprobs", "stats"]
+    names += [field.name for field in dataclasses.fields(forerun.Stats)]
+    spans = " ".join(SPANS)
+    assert not [name for name in names if not re.search(rf"\b{name}\b", spans)]
+
+
 def test_files_that_the_readme_links_to_are_there():
-    text = README.read_text("utf-8") if README.is_file() else ""
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", TEXT)
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing
 
