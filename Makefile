@@ -1,7 +1,7 @@
 # make demo    answer a prompt with a real model; the first run installs and fetches it
 # make test    all tests that need no other framework
 # make lint    ruff and pyright
-# make bench   forerun beside its peers (installs them; takes some minutes)
+# make bench   forerun beside its peers (installs them; compiling llama.cpp takes long)
 # make oracle  compare with transformers and optimum, in an environment of their own
 #
 # Each target makes the environment it needs; only python3 (3.10 or newer) with venv and pip is
