@@ -4,7 +4,7 @@
 # make bench   forerun beside its peers (installs them; compiling llama.cpp takes long)
 # make oracle  compare with transformers and optimum, in an environment of their own
 #
-# Each target makes the environment it needs; only python3 (3.10 or newer) with venv and pip is
+# Each target makes the environment it needs; only python3 (3.11 or newer) with venv and pip is
 # needed. PYTHON=python3.12 chooses another Python, FORERUN_HOME=DIR another place for models.
 
 PYTHON ?= python3
@@ -73,8 +73,8 @@ $(BENCH_VENV)/stamp: pyproject.toml
 	touch $@
 
 define make_venv
-@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	{ echo "$(PYTHON) is missing or older than 3.10; run make PYTHON=python3.x $(MAKECMDGOALS)" >&2; exit 2; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is missing or older than 3.11; run make PYTHON=python3.x $(MAKECMDGOALS)" >&2; exit 2; }
 @$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	{ echo "$(PYTHON) has no venv module; on Debian: apt install python3-venv" >&2; exit 2; }
 @echo "installing into $(1)"
