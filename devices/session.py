@@ -23,11 +23,13 @@ class SessionOptions:
     Attributes:
         threads: intra-op threads; None takes `default_threads`.
         spin: waiting threads spin, which is fastest when nothing else wants the cores.
+        profile: where ONNX Runtime writes a trace of every node (prefix of the file's name).
         config: further session configuration entries of ONNX Runtime.
     """
 
     threads: int | None = None
     spin: bool = True
+    profile: Path | None = None
     config: dict[str, str] = field(default_factory=dict)
 
     def resolved_threads(self) -> int:
@@ -53,6 +55,9 @@ def open_session(graph: Path, options: SessionOptions) -> ort.InferenceSession:
     native.inter_op_num_threads = 1
     native.log_severity_level = _ERRORS_ONLY
     native.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spin)))
+    if options.profile is not None:
+        native.enable_profiling = True
+        native.profile_file_prefix = str(options.profile)
     for key, value in options.config.items():
         native.add_session_config_entry(key, value)
     try:

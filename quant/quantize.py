@@ -55,13 +55,13 @@ class WeightFormat:
     kl_bound: float
 
 
-# Queries, keys and values are an eighth of the weights and half of what 4 bits cost in quality.
+# Queries, keys and values are an eighth of the weights and over a third of what 4 bits cost in KL.
 _QKV = ("qkv.",)
 
 FORMATS = {
-    "int4": WeightFormat(4, 64, "4 bits (qkv 8), blocks of 64, GPTQ", _QKV, True, 1.0),
-    "int4-exact": WeightFormat(4, 32, "4 bits (qkv 8), blocks of 32, GPTQ", _QKV, True, 1.0),
-    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", (), False, 0.05),
+    "int4": WeightFormat(4, 64, "4 bits (qkv 8), blocks of 64, GPTQ", _QKV, True, 0.75),
+    "int4-exact": WeightFormat(4, 32, "4 bits (qkv 8), blocks of 32, GPTQ", _QKV, True, 0.75),
+    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", (), False, 0.02),
 }
 
 

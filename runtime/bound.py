@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +13,6 @@ from forerun.devices.session import SessionOptions, open_session
 from forerun.runtime.manifest import inside
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from forerun.runtime.arena import KVArena
     from forerun.runtime.manifest import Lowering, ModelSizes
 
@@ -105,6 +104,10 @@ class BoundGraph:
     def hidden(self) -> np.ndarray | None:
         """float32 [R, D] of the last run's wanted rows, if the graph gives them."""
         return None if self._hidden is None else self._hidden[: self._shape[1]]
+
+    def end_profile(self) -> Path:
+        """Stop profiling and return the trace, of a session opened with `profile`."""
+        return Path(self._session.end_profiling())
 
     def close(self) -> None:
         """Free the session."""

@@ -31,6 +31,13 @@ forerun bench quality
 forerun bench quality --peers --tokens 8192 --json quality.json
 """
 
+PROFILE_HELP = """Show where the time of a decoding step goes, by operator.
+
+\b
+forerun bench profile
+forerun bench profile --depths 16,4096 --threads 1 --json profile.json
+"""
+
 Peers = Annotated[bool, typer.Option("--peers", help="Every installed peer too (extra: peers).")]
 JsonFile = Annotated[
     Optional[Path],  # noqa: UP045
@@ -72,6 +79,20 @@ def bench_quality(
     from forerun.apps.bench.quality import run_quality
 
     run_quality(model=model, json_path=json_file, peers=peers, tokens=tokens, threads=threads)
+
+
+def bench_profile(
+    json_file: JsonFile = None,
+    depths: Depths = "16,512,1900",
+    threads: Threads = 2,
+    model: options.Model = options.DEFAULT_MODEL,
+) -> None:
+    """Profile decoding; `PROFILE_HELP` is what the user reads."""
+    wanted = depth_list(depths)
+    _check_folder(json_file)
+    from forerun.apps.bench.profile import run_profile
+
+    run_profile(model=model, depths=wanted, threads=threads, json_path=json_file)
 
 
 def _check_folder(json_file: Path | None) -> None:

@@ -44,6 +44,7 @@ COMMANDS = {
 BENCHES = {
     "text": (bench.bench_text, bench.TEXT_HELP),
     "quality": (bench.bench_quality, bench.QUALITY_HELP),
+    "profile": (bench.bench_profile, bench.PROFILE_HELP),
 }
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -50,8 +50,8 @@ def test_int8_is_close_and_int4_is_not_as_close(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["int4-exact", "int8"])
-def test_rows_do_not_depend_on_each_other(weights, bundle, tmp_path):
-    """Quantized matrices give a row the same bits in a step of one and in a wide one."""
+def test_rows_hardly_depend_on_each_other(weights, bundle, tmp_path):
+    """In blocks of 32 the products are exact; the float32 attention differs in the last bits."""
     manifest = quantize(bundle, tmp_path / "q", weights=weights)
     ids = np.random.default_rng(0).integers(0, 200, 8)
     runner = Runner(manifest, tmp_path / "q", threads=1)
