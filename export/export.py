@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,12 @@ from forerun.errors import OptionError, UnsupportedError
 from forerun.export.arch import ArchSpec, arch_of
 from forerun.export.bundle import new_bundle, require_space
 from forerun.export.card import write_card
-from forerun.export.check import check_export
-from forerun.export.graph import DecoderGraph, cpu_lowering, kv_layout
+from forerun.export.check import RUNNERS, check_export
+from forerun.export.graph import DecoderGraph, cpu_lowering, default_taps, kv_layout
+from forerun.export.npu import write_static_graph
 from forerun.export.tokenizer import write_tokenizer
 from forerun.export.tree import takes_trees, tree_lowering, write_tree_graph
+from forerun.export.webgpu import with_webgpu
 from forerun.runtime.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -44,6 +47,7 @@ def export_model(
     name: str,
     capacity: int | None = None,
     hidden_states: bool = False,
+    static: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Export a model in float32 and check it against the numpy reference.
@@ -54,6 +58,7 @@ def export_model(
         name: name of the model in the manifest.
         capacity: length of the static KV cache; None takes the model's context, up to 8192.
         hidden_states: also give the graph an output with hidden states.
+        static: also write the form with static shapes that NPUs need.
         progress: called with (stage, done, total).
 
     Raises:
@@ -68,11 +73,15 @@ def export_model(
     require_space(Path(out).parent, parameter_count(config) * 4, "the export")
     report = progress or (lambda stage, done, total: None)
     with new_bundle(Path(out)) as folder:
-        graph = DecoderGraph(source, arch, folder, capacity, hidden_states)
+        taps = default_taps(config.layers)
+        graph = DecoderGraph(source, arch, folder, capacity, hidden_states, taps=taps)
         graph.write(GRAPH_NAME, lambda done, total: report("export", done, total))
         if takes_trees(config):
             write_tree_graph(folder, GRAPH_NAME)
-        manifest = _manifest(source, folder, name, capacity, hidden_states)
+        manifest = with_webgpu(folder, _manifest(source, folder, name, capacity, hidden_states))
+        if static:
+            forms = write_static_graph(folder, manifest.lowerings["cpu"])
+            manifest = dataclasses.replace(manifest, lowerings=manifest.lowerings | forms)
         manifest = _checked(source, arch, manifest, folder, report)
         write_card(folder, manifest)
         return seal(folder, manifest)
@@ -81,10 +90,12 @@ def export_model(
 def _checked(
     source: WeightSource, arch: ArchSpec, manifest: Manifest, folder: Path, report: Progress
 ) -> Manifest:
-    check = check_export(
-        source, arch, manifest, folder, lambda done, total: report("check", done, total)
+    checks = tuple(
+        check_export(source, arch, manifest, folder, partial(report, "check"), form)
+        for form in RUNNERS
+        if form in manifest.lowerings
     )
-    return dataclasses.replace(manifest, checks=(check,))
+    return dataclasses.replace(manifest, checks=checks)
 
 
 def _manifest(
@@ -92,7 +103,8 @@ def _manifest(
 ) -> Manifest:
     c = source.config
     write_tokenizer(source.tokenizer_files(), folder / TOKENIZER_NAME)
-    forms = {"cpu": cpu_lowering(c, capacity, hidden_states, GRAPH_NAME)}
+    taps = default_taps(c.layers)
+    forms = {"cpu": cpu_lowering(c, capacity, hidden_states, GRAPH_NAME, taps)}
     if takes_trees(c):
         forms["cpu-tree"] = tree_lowering(forms["cpu"])
     if c.chat_template:
@@ -114,6 +126,7 @@ def _manifest(
             chat_template=TEMPLATE_NAME if c.chat_template else None,
         ),
         generation=c.generation,
+        taps=taps,
     )
 
 

@@ -40,6 +40,7 @@ class DecoderGraph:
         capacity: length of the static KV cache.
         hidden_states: also output the normed hidden state of the wanted rows.
         lowering: a name of `LOWERINGS`.
+        taps: numbers of layers; the stream after that many layers is output as `features`.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class DecoderGraph:
         capacity: int,
         hidden_states: bool = False,
         lowering: str = "cpu",
+        taps: tuple[int, ...] = (),
     ) -> None:
         self.source, self.arch, self.config = source, arch, source.config
-        self.capacity, self.hidden_states = capacity, hidden_states
+        self.capacity, self.hidden_states, self.taps = capacity, hidden_states, taps
+        self._tapped: list[str] = []
         self.writer = GraphWriter(folder)
         self.ops: CpuLowering = LOWERINGS[lowering](self.writer, self.config.norm_eps)
         self.used: set[str] = set()
@@ -73,6 +76,7 @@ class DecoderGraph:
                 if progress:
                     progress(layer + 1, layers + 1)
             self._head(x, pending)
+            self._features()
             unknown = sorted(self.source.names() - self.used - {HEAD})
             if unknown:
                 raise UnsupportedError(
@@ -88,7 +92,9 @@ class DecoderGraph:
     def _declare(self) -> None:
         for spec in graph_inputs(self.config, self.capacity).values():
             self.writer.input(spec.name, spec.dtype, spec.shape)
-        for spec in graph_outputs(self.config, self.capacity, self.hidden_states).values():
+        for spec in graph_outputs(
+            self.config, self.capacity, self.hidden_states, self.taps
+        ).values():
             self.writer.output(spec.name, spec.dtype, spec.shape)
 
     def _tensor(self, name: str) -> np.ndarray:
@@ -144,6 +150,8 @@ class DecoderGraph:
             normed, x = ops.add_norm(x, pending, norm)
         else:
             normed = ops.norm(x, norm)
+        if layer in self.taps:
+            self._tapped.append(x)
         attended = self._attention(layer, normed)
         if layer == self.config.layers - 1:
             # What follows the last attention matters only for the rows that are asked for.
@@ -196,6 +204,20 @@ class DecoderGraph:
         if self.hidden_states:
             self.writer.rename(hidden, "hidden")
 
+    def _features(self) -> None:
+        if self._tapped:
+            joined = self.writer.add("Concat", self._tapped, axis=-1)
+            self.writer.rename(joined, "features")
+
+
+def default_taps(layers: int) -> tuple[int, ...]:
+    """A low, a middle and a high layer, as EAGLE-3 reads them (8, 18 and 29 of 30).
+
+    The stream is taken before the layer of that number, so 0 would be the embedding alone.
+    """
+    taps = {round(0.27 * layers), round(0.6 * layers), layers - 1}
+    return tuple(sorted(taps & set(range(1, layers))))
+
 
 def kv_layout(config: ModelConfig, capacity: int) -> KVLayout:
     """The float32 KV cache of a model."""
@@ -214,11 +236,16 @@ def graph_inputs(config: ModelConfig, capacity: int) -> dict[str, TensorSpec]:
     return specs | _kv_specs(config, capacity, "past")
 
 
-def graph_outputs(config: ModelConfig, capacity: int, hidden_states: bool) -> dict[str, TensorSpec]:
+def graph_outputs(
+    config: ModelConfig, capacity: int, hidden_states: bool, taps: tuple[int, ...] = ()
+) -> dict[str, TensorSpec]:
     """Roles of the outputs, see `forerun.runtime.manifest.Lowering`."""
     specs = {"logits": TensorSpec("logits", "float32", (1, "R", config.vocab))}
     if hidden_states:
         specs["hidden"] = TensorSpec("hidden", "float32", (1, "R", config.hidden))
+    if taps:
+        width = config.hidden * len(taps)
+        specs["features"] = TensorSpec("features", "float32", (1, "S", width))
     return specs | _kv_specs(config, capacity, "present")
 
 
@@ -228,10 +255,16 @@ def _kv_specs(config: ModelConfig, capacity: int, when: str) -> dict[str, Tensor
     return {name: TensorSpec(name, "float32", shape) for name in names}
 
 
-def cpu_lowering(config: ModelConfig, capacity: int, hidden_states: bool, graph: str) -> Lowering:
+def cpu_lowering(
+    config: ModelConfig,
+    capacity: int,
+    hidden_states: bool,
+    graph: str,
+    taps: tuple[int, ...] = (),
+) -> Lowering:
     """The manifest's entry for the graph that `DecoderGraph` writes."""
     return Lowering(
         graph=graph,
         inputs=graph_inputs(config, capacity),
-        outputs=graph_outputs(config, capacity, hidden_states),
+        outputs=graph_outputs(config, capacity, hidden_states, taps),
     )

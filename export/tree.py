@@ -39,7 +39,8 @@ def write_tree_graph(folder: Path, graph: str) -> None:
     model = onnx.load(str(folder / graph), load_external_data=False)
     for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":
-            node.input.extend([""] * (_BIAS_INPUT - len(node.input)) + [_BIAS.name])
+            node.input.extend([""] * (_BIAS_INPUT + 1 - len(node.input)))
+            node.input[_BIAS_INPUT] = _BIAS.name
     mask = helper.make_tensor_value_info(_BIAS.name, TensorProto.FLOAT, list(_BIAS.shape))
     model.graph.input.append(mask)
     (folder / TREE_GRAPH_NAME).write_bytes(model.SerializeToString())

@@ -95,6 +95,10 @@ class GraphWriter:
         self._initializers.append(tensor)
         return name
 
+    def has_constant(self, name: str) -> bool:
+        """Whether an initializer of that name was stored."""
+        return any(t.name == name for t in self._initializers)
+
     def offset_of(self, name: str) -> int:
         """Offset of an external initializer in the weights file."""
         tensor = next(t for t in self._initializers if t.name == name)
@@ -137,5 +141,6 @@ _CONTRIB = frozenset(
         "MatMulNBits",
         "GatherBlockQuantized",
         "FastGelu",
+        "MatMulIntegerToFloat",
     }
 )

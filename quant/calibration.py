@@ -13,7 +13,7 @@ from forerun.devices.threads import default_threads
 from forerun.runtime.arena import KVArena
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from forerun.runtime.manifest import Manifest
 
@@ -57,6 +57,34 @@ def input_moments(
         if progress:
             progress("calibrate", done + 1, len(pieces))
     return {weight: moments[name] for weight, name in watched.items()}
+
+
+def read_caches(
+    model: onnx.ModelProto,
+    manifest: Manifest,
+    bundle: Path,
+    pieces: list[np.ndarray],
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Run text through the model and give what each piece leaves in the KV cache.
+
+    Args:
+        model: the float32 graph, its external weights not loaded; it is not changed.
+        manifest: of the bundle.
+        bundle: where the weights are.
+        pieces: token ids, each int64 [T], read from an empty cache.
+        progress: called with (stage, done, total).
+
+    Yields:
+        ``key.N`` and ``value.N`` to float32 [heads, T, head_dim], rotated; valid until the next.
+    """
+    arena = KVArena(manifest.kv)
+    session = _open(model, [], bundle)
+    for done, ids in enumerate(pieces):
+        _run(session, arena, manifest, ids, ["logits"])
+        yield {role: array[0, :, : len(ids)] for role, array in arena.arrays.items()}
+        if progress:
+            progress("calibrate KV", done + 1, len(pieces))
 
 
 def _open(model: onnx.ModelProto, names: list[str], bundle: Path) -> ort.InferenceSession:

@@ -13,11 +13,14 @@ import onnx
 from forerun.errors import OptionError, UnsupportedError
 from forerun.export.bundle import new_bundle, require_space
 from forerun.export.card import CARD_NAME, write_card
+from forerun.export.npu import without_static
 from forerun.export.tree import TREE_GRAPH_NAME, write_tree_graph
+from forerun.export.webgpu import with_webgpu, without_webgpu
 from forerun.export.writer import WEIGHTS_NAME
 from forerun.quant.calibration import input_moments
 from forerun.quant.evaluate import corpus_pieces
 from forerun.quant.gate import check_quality
+from forerun.quant.kv8 import calibrate_scales, in_eight_bits
 from forerun.quant.rewrite import GraphRewriter
 from forerun.quant.rounding import quantize_blocks, quantize_gptq
 from forerun.runtime.manifest import Manifest, Quantization, inside, load_manifest, seal
@@ -45,6 +48,8 @@ class WeightFormat:
         wide: prefixes of the names of matrices that get 8 bits whatever `bits` says.
         calibrated: rounding errors are moved to where the built-in text does not notice (GPTQ).
         kl_bound: largest mean KL divergence to the float32 bundle that is let out.
+        row_exact: verification of drafts is bit-equal to decoding: blocks of 32, an 8-bit KV
+            cache, and the head in per-row integer products, which also flattens T(n).
     """
 
     bits: int
@@ -53,6 +58,7 @@ class WeightFormat:
     wide: tuple[str, ...]
     calibrated: bool
     kl_bound: float
+    row_exact: bool = False
 
 
 # Queries, keys and values are an eighth of the weights and over a third of what 4 bits cost in KL.
@@ -60,7 +66,9 @@ _QKV = ("qkv.",)
 
 FORMATS = {
     "int4": WeightFormat(4, 64, "4 bits (qkv 8), blocks of 64, GPTQ", _QKV, True, 0.75),
-    "int4-exact": WeightFormat(4, 32, "4 bits (qkv 8), blocks of 32, GPTQ", _QKV, True, 0.75),
+    "int4-exact": WeightFormat(
+        4, 32, "4 bits (qkv, head, KV 8), blocks of 32, GPTQ", _QKV, True, 0.75, row_exact=True
+    ),
     "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", (), False, 0.02),
 }
 
@@ -86,6 +94,8 @@ def quantize(
     bundle, form = Path(bundle), FORMATS[weights]
     manifest = load_manifest(bundle)
     manifest.check_files(bundle)
+    # The static form reads the float32 weights, which the new bundle does not have.
+    manifest = without_webgpu(without_static(manifest))
     if manifest.quantization.method != "none":
         raise UnsupportedError(
             f"{bundle} is quantized already ({manifest.quantization.method}); "
@@ -97,7 +107,9 @@ def quantize(
         _copy_others(manifest, bundle, folder)
         _rewrite(manifest, bundle, folder, form, report)
         quant = Quantization(weights, form.bits, form.block, form.detail)
-        new = dataclasses.replace(manifest, quantization=quant)
+        new = dataclasses.replace(manifest, quantization=quant, row_exact=form.row_exact)
+        new = in_eight_bits(new) if form.row_exact else new
+        new = with_webgpu(folder, new)
         check = check_quality(new, folder, manifest, bundle, form.kl_bound, report)
         new = dataclasses.replace(new, checks=(*manifest.checks, check))
         write_card(folder, new)
@@ -120,9 +132,12 @@ def _rewrite(
     model = onnx.load(str(inside(bundle, graph)), load_external_data=False)
 
     moments: dict[str, np.ndarray] = {}
+    pieces = calibration_pieces(manifest, bundle)
     if form.calibrated:
-        pieces = calibration_pieces(manifest, bundle)
         moments = input_moments(model, manifest, bundle, pieces, report)
+    scales = None
+    if form.row_exact:
+        scales = calibrate_scales(model, manifest, bundle, pieces, report)
 
     def to_blocks(name: str, weight: np.ndarray) -> Blocks:
         # Some models are as wide as 32 divides and 64 does not; smaller blocks lose nothing.
@@ -133,7 +148,9 @@ def _rewrite(
             return quantize_gptq(weight, moments[name], form.bits, block)
         return quantize_blocks(weight, form.bits, block)
 
-    rewriter = GraphRewriter(model, bundle, folder, to_blocks)
+    rewriter = GraphRewriter(
+        model, bundle, folder, to_blocks, head_in_rows=form.row_exact, kv_scales=scales
+    )
     rewriter.write(graph, lambda done, total: report("quantize", done, total))
     if TREE_GRAPH_NAME in manifest.files:
         write_tree_graph(folder, graph)

@@ -8,7 +8,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from forerun.export.graph import HEAD_WEIGHT
 from forerun.export.writer import WEIGHTS_NAME, GraphWriter
+from forerun.quant import kv8, rows8
 from forerun.quant.blocks import Blocks, pack_codes, pack_zeros
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class GraphRewriter:
         bundle: where the weights of `model` are.
         folder: where the new graph and its weights go.
         to_blocks: quantizes a matrix [N, K], given its name.
+        head_in_rows: store the head for integer products (`rows8`) instead.
+        kv_scales: of an 8-bit KV cache (`kv8.calibrate_scales`); None leaves it in float32.
     """
 
     def __init__(
@@ -35,11 +39,16 @@ class GraphRewriter:
         bundle: Path,
         folder: Path,
         to_blocks: Callable[[str, np.ndarray], Blocks],
+        *,
+        head_in_rows: bool = False,
+        kv_scales: dict[str, np.ndarray] | None = None,
     ) -> None:
         self._graph = model.graph
         self._bundle = bundle
         self._writer = GraphWriter(folder)
         self._to_blocks = to_blocks
+        self._head_in_rows = head_in_rows
+        self._kv_scales = kv_scales
         self._initializers = {t.name: t for t in model.graph.initializer}
         self._tables: dict[str, Blocks] = {}
 
@@ -48,9 +57,9 @@ class GraphRewriter:
         nodes = list(self._graph.node)
         try:
             for value in self._graph.input:
-                self._writer.input(*_value_info(value))
+                self._writer.input(*self._value_info(value))
             for value in self._graph.output:
-                self._writer.output(*_value_info(value))
+                self._writer.output(*self._value_info(value))
             kept: set[str] = set()
             for done, node in enumerate(nodes):
                 self._node(node, kept)
@@ -69,7 +78,12 @@ class GraphRewriter:
                 kept.add(name)
                 self._writer.constant(name, self._array(name))
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        self._writer.add(node.op_type, list(node.input), list(node.output), **attributes)
+        inputs = list(node.input)
+        if node.op_type == "GroupQueryAttention" and self._kv_scales:
+            layer = int(node.output[1].rpartition(".")[2])
+            scales = kv8.scale_inputs(self._writer, layer, self._kv_scales)
+            inputs, attributes = kv8.with_scales(inputs, scales), attributes | kv8.ATTRIBUTES
+        self._writer.add(node.op_type, inputs, list(node.output), **attributes)
 
     def _is_matrix(self, name: str) -> bool:
         tensor = self._initializers.get(name)
@@ -87,6 +101,9 @@ class GraphRewriter:
     def _matmul(self, node: onnx.NodeProto) -> None:
         """[.., K] times [K, N]."""
         x, name = node.input
+        if self._head_in_rows and name == HEAD_WEIGHT:
+            self._rows_product(x, name, self._array(name), node)
+            return
         q = self._to_blocks(name, np.ascontiguousarray(self._array(name).T))
         self._writer.add(
             "MatMulNBits", [x, *self._constants(name, q)], list(node.output), **_nbits(q)
@@ -95,6 +112,9 @@ class GraphRewriter:
     def _head(self, node: onnx.NodeProto) -> None:
         """[.., K] times the transposed embedding [N, K], sharing its bytes."""
         x, name = node.input
+        if self._head_in_rows:
+            self._rows_product(x, f"{name}.{HEAD_WEIGHT}", self._array(name).T, node)
+            return
         q = self._table(name)
         packed = pack_codes(q)
         offset = self._writer.offset_of(name)
@@ -103,6 +123,10 @@ class GraphRewriter:
         if q.zeros is not None:
             inputs.append(f"{name}.zeros")
         self._writer.add("MatMulNBits", inputs, list(node.output), **_nbits(q))
+
+    def _rows_product(self, x: str, name: str, weight: np.ndarray, node: onnx.NodeProto) -> None:
+        q = rows8.quantize_columns(weight)
+        rows8.write_product(self._writer, x, name, q, list(node.output))
 
     def _gather(self, node: onnx.NodeProto) -> None:
         """Rows of the embedding [V, D]."""
@@ -131,6 +155,13 @@ class GraphRewriter:
             self._tables[name] = q
         return self._tables[name]
 
+    def _value_info(self, value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
+        kind = value.type.tensor_type
+        shape = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+        if self._kv_scales and kv8.is_cache(value.name):
+            return value.name, "int8", shape
+        return value.name, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape
+
     def _constants(self, name: str, q: Blocks, with_codes: bool = True) -> list[str]:
         names = [name, f"{name}.scales"]
         if with_codes:
@@ -151,12 +182,6 @@ def _nbits(q: Blocks) -> dict[str, int]:
         "block_size": q.block,
         "accuracy_level": _ACCURACY_LEVEL,
     }
-
-
-def _value_info(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
-    kind = value.type.tensor_type
-    shape = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
-    return value.name, str(helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape
 
 
 _HANDLERS = {

@@ -135,7 +135,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contract between `export`, `quant` and `runtime`."""
+    """The contract between `export`, `quant` and `runtime`.
+
+    Attributes:
+        taps: numbers of layers whose output the graph gives as `features`.
+        row_exact: row i of a chain step of several rows is bit-equal to a step of that row alone,
+            on the CPU, so that verifying drafts cannot change the text.
+    """
 
     format_version: int
     kind: str
@@ -147,6 +153,8 @@ class Manifest:
     tokenizer: TokenizerInfo
     quantization: Quantization = Quantization()
     generation: dict[str, float] = field(default_factory=dict)
+    taps: tuple[int, ...] = ()
+    row_exact: bool = False
     checks: tuple[Check, ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
 
