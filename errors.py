@@ -67,6 +67,10 @@ class SpaceError(UserError):
     """Disk or memory is too small for what was asked."""
 
 
+class DrafterError(ForerunError):
+    """A drafter failed in the middle of an answer; the session stays usable."""
+
+
 class DownloadError(ForerunError):
     """No source of a model could be fetched, or what came had another hash."""
 

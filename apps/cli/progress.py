@@ -29,6 +29,8 @@ STAGES = {
     "prefill": Stage("read the prompt", "tokens"),
     "generate": Stage("prompts", "done"),
     "evaluate": Stage("evaluate", "tokens"),
+    "measure": Stage("measure steps", "rounds"),
+    "drafters": Stage("measure drafters", "done"),
 }
 
 

@@ -115,7 +115,7 @@ def test_evaluate_as_json_and_as_a_table(forerun, int8):
 
 
 def test_devices_names_the_processor(forerun):
-    (row,) = json.loads(run_ok(forerun, "devices", "--json").stdout)["devices"]
+    row = json.loads(run_ok(forerun, "devices", "--json").stdout)["devices"][0]
     assert row["name"] == "cpu" and row["available"] is True
     assert row["provider"] == "CPUExecutionProvider"
     table = run_ok(forerun, "devices").stdout
