@@ -10,6 +10,7 @@ from forerun.errors import ExportMismatch
 from forerun.export.reference import reference_logits
 from forerun.runtime.manifest import Check
 from forerun.runtime.runner import Runner
+from forerun.runtime.static_runner import StaticRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,12 @@ _SHORT = 48
 _PAST_WINDOW = 8
 _LONGEST = 640
 
+# What runs each form of the graph on the CPU.
+RUNNERS: dict[str, Callable[[Manifest, Path], Runner | StaticRunner]] = {
+    "cpu": Runner,
+    "npu": StaticRunner,
+}
+
 
 def check_export(
     source: WeightSource,
@@ -31,10 +38,19 @@ def check_export(
     manifest: Manifest,
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
+    form: str = "cpu",
 ) -> Check:
     """Run the graph as prefill, in chunks and row by row, and compare with the reference.
 
     The text is random ids, long enough to leave a sliding window.
+
+    Args:
+        source: the weights.
+        arch: the row of facts of the architecture.
+        manifest: of the bundle.
+        folder: of the bundle.
+        progress: called with (done, total).
+        form: the lowering to run, a name of `RUNNERS`.
 
     Returns:
         The largest error, and the bound it kept.
@@ -46,7 +62,7 @@ def check_export(
     ids = np.random.default_rng(_SEED).integers(0, manifest.model.vocab, length)
     expected = reference_logits(source, arch, ids)
     bound = arch.rtol * float(np.std(expected))
-    runner = Runner(manifest, folder)
+    runner = RUNNERS[form](manifest, folder)
     worst = 0.0
     try:
         plans = _plans(length)
@@ -54,12 +70,13 @@ def check_export(
             error = _largest_error(runner, ids, widths, expected)
             worst = max(worst, error)
             if not error <= bound:
-                raise ExportMismatch("logits", error, bound, label)
+                raise ExportMismatch("logits", error, bound, f"{form}, {label}")
             if progress:
                 progress(done + 1, len(plans))
     finally:
         runner.close()
-    return Check("numpy reference", "max_abs_error", worst, bound)
+    metric = "max_abs_error" if form == "cpu" else f"max_abs_error_{form}"
+    return Check("numpy reference", metric, worst, bound)
 
 
 def probe_length(source: WeightSource, manifest: Manifest) -> int:
@@ -81,7 +98,7 @@ def _plans(length: int) -> list[tuple[str, list[int]]]:
 
 
 def _largest_error(
-    runner: Runner, ids: np.ndarray, widths: list[int], expected: np.ndarray
+    runner: Runner | StaticRunner, ids: np.ndarray, widths: list[int], expected: np.ndarray
 ) -> float:
     runner.arena.rewind(0)
     worst, start = 0.0, 0

@@ -121,12 +121,17 @@ def tiny_source(arch: str, folder, **changes) -> TinySource:
     return TinySource(config, TokenizerSource(json_path=path, gguf=None))
 
 
-def tiny_bundle(arch: str, folder, *, capacity=128, hidden_states=False, **changes):
+def tiny_bundle(arch: str, folder, *, capacity=128, hidden_states=False, static=False, **changes):
     """Export a tiny model; returns (manifest, folder of the bundle)."""
     source = tiny_source(arch, folder / "source", **changes)
     out = folder / "bundle"
     manifest = export_model(
-        source, out, name=f"tiny-{arch}", capacity=capacity, hidden_states=hidden_states
+        source,
+        out,
+        name=f"tiny-{arch}",
+        capacity=capacity,
+        hidden_states=hidden_states,
+        static=static,
     )
     return manifest, out
 

@@ -22,6 +22,7 @@ bundle of it.
 \b
 forerun export model.gguf ./my-model --capacity 4096
 forerun export ./SmolLM2-135M-Instruct ./smollm2 --name smollm2
+forerun export model.gguf ./for-an-npu --capacity 512 --static
 forerun export ./unusual-model ./unusual --via optimum
 """
 
@@ -47,6 +48,16 @@ Via = Annotated[
 HiddenStates = Annotated[
     bool, typer.Option("--hidden-states", help="Give the graph an output of hidden states.")
 ]
+Static = Annotated[
+    bool,
+    typer.Option("--static", help="Also write the form with static shapes that NPUs need."),
+]
+Layers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--layers", min=1, help="Keep the first N layers: quick to try a device, but not the model."
+    ),
+]
 
 
 def export(
@@ -56,28 +67,37 @@ def export(
     capacity: options.Capacity = None,
     via: Via = "forerun",
     hidden_states: HiddenStates = False,
+    static: Static = False,
+    layers: Layers = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a bundle; `HELP` is what the user reads."""
     if via not in ("forerun", "optimum"):
         raise OptionError(f"--via {via!r} is not known; it can be forerun or optimum")
     if via == "optimum":
-        if hidden_states or capacity is not None or name is not None:
-            raise OptionError("--via optimum takes no --name, --capacity or --hidden-states")
+        if any((hidden_states, static, capacity, name, layers)):
+            raise OptionError(
+                "--via optimum takes no --name, --capacity, --hidden-states, --static or --layers"
+            )
         return _via_optimum(src, out, as_json)
     if not Path(src).exists():
         raise OptionError(f"{src} does not exist; give a .gguf file or a Hugging Face folder")
     from forerun.export.export import export_model
+    from forerun.export.shorter import FirstLayers
     from forerun.export.sources import open_source
 
+    source = open_source(src)
+    if layers is not None:
+        source = FirstLayers(source, layers)
     with reporter() as show:
         manifest = export_model(
-            open_source(src),
+            source,
             out,
             name=name or out.absolute().name,
             capacity=capacity,
             progress=show,
             hidden_states=hidden_states,
+            static=static,
         )
     if as_json:
         checks = [vars(check) for check in manifest.checks]
