@@ -1,11 +1,13 @@
-"""The KV cache of one stream: static arrays that the graph updates in place."""
+"""The KV cache of one stream: which rows are committed, and static arrays that hold them."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnxruntime as ort
 
 from forerun.errors import ContextLimitError, OptionError
 
@@ -15,26 +17,20 @@ if TYPE_CHECKING:
     from forerun.runtime.manifest import KVLayout
 
 
-class KVArena:
-    """Keys and values of all layers, with room for `capacity` tokens.
-
-    The memory is reserved at once and touched as the text grows, so that a short text costs
-    little. Row i of every array belongs to the i-th committed token.
+class Rows:
+    """Which rows of a KV cache count; where they lie is the business of the classes below.
 
     Attributes:
-        arrays: role ``key.N`` or ``value.N`` to array [1, heads, capacity, head_dim].
-        length: committed tokens.
+        layout: of the cache.
+        length: committed tokens; row i of every array belongs to the i-th of them.
         pending: rows behind them that the last step wrote and that are not committed.
+        epoch: grows when the tensors were lost; graphs that are bound to them are useless then.
     """
 
+    epoch = 0
+
     def __init__(self, layout: KVLayout) -> None:
-        shape = (1, layout.heads, layout.capacity, layout.head_dim)
         self.layout = layout
-        self.arrays = {
-            f"{part}.{layer}": lazy_zeros(shape, layout.dtype)
-            for layer in range(layout.layers)
-            for part in ("key", "value")
-        }
         self.length = 0
         self.pending = 0
 
@@ -74,11 +70,9 @@ class KVArena:
             raise OptionError(f"rows {list(rows)} are not among the {self.pending} pending rows")
         if np.any(np.diff(picked) <= 0):
             raise OptionError(f"rows to commit must increase, got {list(rows)}")
-        start, count = self.length, len(picked)
-        if not np.array_equal(picked, np.arange(count)):
-            for array in self.arrays.values():
-                array[:, :, start : start + count] = array[:, :, start + picked]
-        self.length, self.pending = start + count, 0
+        if not np.array_equal(picked, np.arange(len(picked))):
+            self.move(self.length + picked, self.length)
+        self.length, self.pending = self.length + len(picked), 0
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -89,6 +83,49 @@ class KVArena:
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot rewind to {length}: {self.length} tokens are cached")
         self.length, self.pending = length, 0
+
+    def guarded(self) -> contextlib.AbstractContextManager[object]:
+        """Around whatever runs on the tensors; turns a failure of their device into its error."""
+        return contextlib.nullcontext()
+
+    def values(self) -> dict[str, ort.OrtValue]:
+        """Role ``key.N`` or ``value.N`` to the tensor that graphs are bound to."""
+        raise NotImplementedError
+
+    def move(self, source: np.ndarray, start: int) -> None:
+        """Copy the rows `source` int64 [N] to `start`, `start` + 1 and so on, in every tensor."""
+        raise NotImplementedError
+
+
+class KVArena(Rows):
+    """Keys and values of all layers in this process's memory, with room for `capacity` tokens.
+
+    The memory is reserved at once and touched as the text grows, so that a short text costs
+    little.
+
+    Attributes:
+        arrays: role ``key.N`` or ``value.N`` to array [1, heads, capacity, head_dim].
+    """
+
+    def __init__(self, layout: KVLayout) -> None:
+        super().__init__(layout)
+        shape = (1, layout.heads, layout.capacity, layout.head_dim)
+        self.arrays = {
+            f"{part}.{layer}": lazy_zeros(shape, layout.dtype)
+            for layer in range(layout.layers)
+            for part in ("key", "value")
+        }
+
+    def values(self) -> dict[str, ort.OrtValue]:
+        """Views of `arrays`."""
+        return {
+            role: ort.OrtValue.ortvalue_from_numpy(array) for role, array in self.arrays.items()
+        }
+
+    def move(self, source: np.ndarray, start: int) -> None:
+        """Copy rows within every array."""
+        for array in self.arrays.values():
+            array[:, :, start : start + len(source)] = array[:, :, source]
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from forerun.devices.session import SessionOptions, open_session
 from forerun.runtime.manifest import inside
 
 if TYPE_CHECKING:
-    from forerun.runtime.arena import KVArena
+    from forerun.runtime.arena import Rows
     from forerun.runtime.manifest import Lowering, ModelSizes
 
 MAX_ROWS = 2048
@@ -22,8 +22,8 @@ MAX_ROWS = 2048
 class BoundGraph:
     """One session on one form of the graph; several can share a KV cache.
 
-    The KV arrays are bound as input and as output, so the graph writes into them in place; a
-    step neither allocates nor copies them.
+    The KV tensors are bound as input and as output, so the graph writes into them in place, on
+    whichever device they are; a step neither allocates nor copies them.
 
     Args:
         form: the lowering to load.
@@ -34,6 +34,7 @@ class BoundGraph:
 
     Raises:
         BundleError: the graph cannot be loaded.
+        DeviceError: the device is not here, cannot run the whole graph, or lacks memory.
     """
 
     def __init__(
@@ -41,13 +42,13 @@ class BoundGraph:
         form: Lowering,
         folder: Path,
         options: SessionOptions,
-        arena: KVArena,
+        arena: Rows,
         sizes: ModelSizes,
     ) -> None:
         self._form = form
         self._session: Any = open_session(inside(folder, form.graph), options)
         self._binding: Any = self._session.io_binding()
-        self._kept = [self._bind_cache(role, array) for role, array in arena.arrays.items()]
+        self._kept = [self._bind_cache(role, value) for role, value in arena.values().items()]
         self._ids = np.zeros((1, MAX_ROWS), np.int64)
         self._positions = np.zeros((1, MAX_ROWS), np.int64)
         self._rows = np.zeros(MAX_ROWS, np.int64)
@@ -55,8 +56,10 @@ class BoundGraph:
         self._total = np.zeros((), np.int32)
         self._logits = np.zeros((1, sizes.vocab), np.float32)
         self._hidden = np.zeros((1, sizes.hidden), np.float32) if "hidden" in form.outputs else None
-        self._bind_input("seqlens", self._seqlens, (1,))
-        self._bind_input("total", self._total, ())
+        tapped = form.outputs.get("features")
+        width = int(tapped.shape[-1]) if tapped else 0
+        self._features = np.zeros((1, width), np.float32) if tapped else None
+        self._off_host = options.device != "cpu"
         self._shape = (0, 0)
         self.seconds = 0.0
 
@@ -93,6 +96,9 @@ class BoundGraph:
             self._positions[0, :count] = positions
         self._seqlens[0] = past + count - 1
         self._total[...] = past + count
+        if self._off_host:
+            # A device gets its copy of an input when it is bound, not when the graph runs.
+            self._bind_inputs(count, wanted)
         if bias is not None:
             self._bind_input("bias", bias, bias.shape)
         started = time.perf_counter()
@@ -105,6 +111,11 @@ class BoundGraph:
         """float32 [R, D] of the last run's wanted rows, if the graph gives them."""
         return None if self._hidden is None else self._hidden[: self._shape[1]]
 
+    @property
+    def features(self) -> np.ndarray | None:
+        """float32 [S, F] of all rows of the last run, if the graph gives them."""
+        return None if self._features is None else self._features[: self._shape[0]]
+
     def end_profile(self) -> Path:
         """Stop profiling and return the trace, of a session opened with `profile`."""
         return Path(self._session.end_profiling())
@@ -114,8 +125,7 @@ class BoundGraph:
         self._binding = self._session = None
         self._kept.clear()
 
-    def _bind_cache(self, role: str, array: np.ndarray) -> ort.OrtValue:
-        value = ort.OrtValue.ortvalue_from_numpy(array)
+    def _bind_cache(self, role: str, value: ort.OrtValue) -> ort.OrtValue:
         self._binding.bind_ortvalue_input(self._form.inputs[f"past_{role}"].name, value)
         self._binding.bind_ortvalue_output(self._form.outputs[f"present_{role}"].name, value)
         return value
@@ -128,15 +138,24 @@ class BoundGraph:
         name, shape = self._form.outputs[role].name, (1, rows, array.shape[1])
         self._binding.bind_output(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
 
+    def _bind_inputs(self, count: int, wanted: int) -> None:
+        self._bind_input("ids", self._ids, (1, count))
+        self._bind_input("positions", self._positions, (1, count))
+        self._bind_input("rows", self._rows, (wanted,))
+        self._bind_input("seqlens", self._seqlens, (1,))
+        self._bind_input("total", self._total, ())
+
     def _bind_shapes(self, count: int, wanted: int) -> None:
         if wanted > len(self._logits):
             self._logits = np.zeros((wanted, self._logits.shape[1]), np.float32)
             if self._hidden is not None:
                 self._hidden = np.zeros((wanted, self._hidden.shape[1]), np.float32)
-        self._bind_input("ids", self._ids, (1, count))
-        self._bind_input("positions", self._positions, (1, count))
-        self._bind_input("rows", self._rows, (wanted,))
+        if self._features is not None and count > len(self._features):
+            self._features = np.zeros((count, self._features.shape[1]), np.float32)
+        self._bind_inputs(count, wanted)
         self._bind_output("logits", self._logits, wanted)
         if self._hidden is not None:
             self._bind_output("hidden", self._hidden, wanted)
+        if self._features is not None:
+            self._bind_output("features", self._features, count)
         self._shape = (count, wanted)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forerun.errors import ContextLimitError
+from forerun.runtime.drafting.choice import AnyDrafter
 from forerun.runtime.generation import OnPrefill
 from forerun.runtime.session import DEFAULT_MAX_TOKENS, ContextPolicy, Session
 from forerun.runtime.template import render_chat
@@ -86,6 +87,8 @@ class Chat:
         logprobs: bool = False,
         context: ContextPolicy = "error",
         on_prefill: OnPrefill | None = None,
+        drafter: AnyDrafter | None = None,
+        accept: str = "match",
     ) -> Generator[Event, None, None]:
         """Send a message and stream the answer.
 
@@ -101,6 +104,8 @@ class Chat:
             context: ``error`` refuses a conversation that exceeds the context; ``slide`` leaves
                 out its oldest turns, and slides within a long answer.
             on_prefill: progress of reading the prompt.
+            drafter: see `Session.generate`.
+            accept: see `Session.generate`.
 
         Raises:
             PromptError: the message is not text.
@@ -119,6 +124,8 @@ class Chat:
             context=context,
             n_keep=head,
             on_prefill=on_prefill,
+            drafter=drafter,
+            accept=accept,
         )
         return self._answer(events, messages, _Said(prompt_text, tuple(ids)))
 

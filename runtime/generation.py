@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forerun.errors import BusyError
 from forerun.runtime import sampling as sample
 from forerun.runtime.measure import RunClock
 from forerun.runtime.prefix import PrefixCache
-from forerun.runtime.types import FinishReason, SamplingParams
+from forerun.runtime.types import FinishReason, SamplingParams, Stats
 
 OnPrefill = Callable[[int, int], None]
 
@@ -80,20 +79,24 @@ class Generation:
         Raises:
             BusyError: another generation on this model is not finished.
         """
-        if not self._cache.busy.acquire(blocking=False):
-            raise busy_error()
-        try:
-            self.clock.begin(self._setup)
-            yield from self._loop()
-        finally:
-            self._cache.settle()
-            self._cache.busy.release()
+        with self._cache.reserved():
+            try:
+                self.clock.begin(self._setup)
+                yield from self._loop()
+            finally:
+                self._settle()
+
+    def stats(self) -> Stats:
+        """What was measured; call while the clock counts."""
+        return self.clock.stats(getattr(self._cache.runner, "device", "cpu"))
+
+    def _settle(self) -> None:
+        """Leave the KV cache in line with the ids, whatever happened."""
+        self._cache.settle()
 
     def _loop(self) -> Generator[tuple[int, float | None], None, None]:
         request, clock, tokens = self.request, self.clock, self._tokens
-        tokens[:] = request.prompt
-        if sample.uses_history(request.params):
-            self._history = list(tokens)
+        self._take_prompt()
         logits = self._read_prompt()
         while logits is not None:
             token = self._choose(logits)
@@ -106,12 +109,18 @@ class Generation:
             yield token, logprob
             logits = self._advance(token)
 
-    def _choose(self, logits: np.ndarray) -> int:
-        request = self.request
-        answer_start = len(request.prompt)
+    def _take_prompt(self) -> None:
+        self._tokens[:] = self.request.prompt
+        if sample.uses_history(self.request.params):
+            self._history = list(self._tokens)
+
+    def _position(self) -> int:
         # Not len(tokens): after a slide positions go on, or their noise would repeat.
-        position = answer_start + self.clock.new_tokens
-        return sample.pick(logits, request.params, position, self._history or (), answer_start)
+        return len(self.request.prompt) + self.clock.new_tokens
+
+    def _choose(self, logits: np.ndarray) -> int:
+        request, history = self.request, self._history or ()
+        return sample.pick(logits, request.params, self._position(), history, len(request.prompt))
 
     def _read_prompt(self) -> np.ndarray | None:
         clock = self.clock
@@ -142,18 +151,24 @@ class Generation:
         """Run the step after `token`; logits [V], or None if the answer ends here."""
         if self._history is not None:
             self._history.append(token)
+        if self._ends():
+            return None
+        if len(self._tokens) <= self._cache.capacity:
+            self.clock.rounds += 1
+            return self._cache.feed([token])[0]
+        return self._slide()
+
+    def _ends(self) -> bool:
+        """Whether the answer ends here; sets `reason` if so."""
         if self.cancelled:
             self.reason = "cancelled"
         elif self.clock.new_tokens >= self.request.max_tokens:
             self.reason = "length"
-        elif len(self._tokens) <= self._cache.capacity:
-            self.clock.rounds += 1
-            return self._cache.feed([token])[0]
-        elif self.request.slides:
-            return self._slide()
-        else:
+        elif len(self._tokens) > self._cache.capacity and not self.request.slides:
             self.reason = "context"
-        return None
+        else:
+            return False
+        return True
 
     def _slide(self) -> np.ndarray | None:
         """Drop the older half of what is not kept, and read the rest again."""
@@ -170,10 +185,3 @@ class Generation:
             self.clock.pause()
             self.request.on_prefill(done, len(self.request.prompt))
             self.clock.resume()
-
-
-def busy_error() -> BusyError:
-    """The error of a second generation on a model that has one running."""
-    return BusyError(
-        "a generation is still running on this model; finish, close or cancel it first"
-    )

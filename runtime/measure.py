@@ -81,6 +81,7 @@ class RunClock:
             prefill_tok_s=self.prefilled / self._prefill if self._prefill > 0 else 0.0,
             decode_tok_s=later / spent if spent > 0 else 0.0,
             rounds=self.rounds,
+            tokens_per_round=later / self.rounds if self.rounds else 0.0,
             session_share=min(inside / wall, 1.0) if wall > 0 else 0.0,
             peak_rss_mb=peak_rss_mb(),
             devices={"target": target, "draft": None},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from forerun.errors import BusyError
 from forerun.runtime.manifest import Manifest
 
 
@@ -22,6 +24,10 @@ class Arena(Protocol):
     @property
     def capacity(self) -> int:
         """Rows there are, in tokens."""
+        ...
+
+    def commit(self, rows: Sequence[int]) -> Any:
+        """Keep some of the rows of a tree, drop the others."""
         ...
 
     def rewind(self, length: int) -> Any:
@@ -48,9 +54,17 @@ class StepRunner(Protocol):
         ...
 
     def step(
-        self, ids: Sequence[int] | np.ndarray, *, want: Literal["last", "all", "none"] = "last"
+        self,
+        ids: Sequence[int] | np.ndarray,
+        *,
+        want: Literal["last", "all", "none"] = "last",
+        parents: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Run rows after the history; float32 [R, V] logits, valid until the next step."""
+        ...
+
+    def features(self) -> np.ndarray | None:
+        """Tapped hidden states float32 [S, F] of the last step's rows, None without taps."""
         ...
 
 
@@ -97,15 +111,63 @@ class PrefixCache:
         self.ids.extend(ids)
         return logits
 
+    def try_rows(self, ids: Sequence[int], parents: Sequence[int] | None = None) -> np.ndarray:
+        """Run rows that may be wrong; none of them counts as cached until `accept`.
+
+        Args:
+            ids: of the rows.
+            parents: without it the rows are a chain, with it a tree, as in `Runner.step`.
+
+        Returns:
+            float32 logits [S, V] of all rows, valid until the next step.
+        """
+        if parents is None:
+            return self._step(ids, want="all")
+        return self._step(ids, want="all", parents=parents)
+
+    def accept(self, ids: Sequence[int], rows: Sequence[int] | None = None) -> None:
+        """Keep some of the rows that `try_rows` ran and drop the others.
+
+        Args:
+            ids: of the rows to keep, in order.
+            rows: their numbers, if they were a tree; of a chain the first ones are kept.
+        """
+        if rows is not None:
+            self._arena.commit(rows)
+        elif len(self.ids) + len(ids) < self._arena.length:
+            self._arena.rewind(len(self.ids) + len(ids))
+        self.ids.extend(ids)
+
     def rewind(self, length: int) -> None:
         """Forget every token from `length` on."""
         if length < self._arena.length:
             self._arena.rewind(length)
         del self.ids[length:]
 
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Keep generations away meanwhile.
+
+        Raises:
+            BusyError: one is running.
+        """
+        if not self.busy.acquire(blocking=False):
+            raise busy_error()
+        try:
+            yield
+        finally:
+            self.busy.release()
+
     def settle(self) -> None:
         """Bring arena and ids back in line after a step that was broken off."""
         self.rewind(min(len(self.ids), self._arena.length))
+
+
+def busy_error() -> BusyError:
+    """The error of a second generation on a model that has one running."""
+    return BusyError(
+        "a generation is still running on this model; finish, close or cancel it first"
+    )
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -49,3 +49,34 @@ def tree_bias(parents: Sequence[int], past: int) -> np.ndarray:
     bias = np.zeros((1, 1, count, past + count), np.float32)
     bias[0, 0, :, past:] = np.where(seen, np.float32(0), HIDDEN)
     return bias
+
+
+def check_ids(ids: np.ndarray, vocab: int, most: int) -> None:
+    """Refuse ids that are no rows of a step.
+
+    Raises:
+        OptionError: none or more than `most`, another shape than [S], or outside the vocabulary.
+    """
+    if ids.ndim != 1 or not 1 <= len(ids) <= most:
+        raise OptionError(f"a step takes 1 to {most} rows, got shape {ids.shape}")
+    low, high = (ids[0], ids[0]) if len(ids) == 1 else (ids.min(), ids.max())
+    if low < 0 or high >= vocab:
+        raise OptionError(f"token ids must be in 0..{vocab - 1}, got {low}..{high}")
+
+
+def wanted_rows(want: str | Sequence[int], count: int) -> np.ndarray:
+    """Numbers of the rows whose logits are computed; at least one, since graphs need one.
+
+    Args:
+        want: ``last``, ``all``, ``none``, or row numbers.
+        count: rows of the step.
+
+    Raises:
+        OptionError: no number, or one that is not that of a row.
+    """
+    if isinstance(want, str):
+        return np.arange(count) if want == "all" else np.array([count - 1])
+    rows = np.asarray(want, np.int64)
+    if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= count:
+        raise OptionError(f"wanted rows must be among the {count} rows, got {want!r}")
+    return rows

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from forerun.devices.providers import find_provider
 from forerun.devices.session import SessionOptions
 from forerun.errors import BundleError, OptionError
-from forerun.runtime.arena import KVArena
+from forerun.runtime.arena import KVArena, Rows
 from forerun.runtime.bound import MAX_ROWS, BoundGraph
-from forerun.runtime.rows import tree_bias, tree_depths
+from forerun.runtime.device_arena import DeviceArena
+from forerun.runtime.rows import check_ids, tree_bias, tree_depths, wanted_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 Want = Literal["last", "all", "none"]
 _TREE = "{}-tree"
+_EXPORT_AGAIN = "export it again, or pull it with --force"
+_WHY_ABSENT = {"-tree": "models with a sliding window have none for trees"}
 
 
 class Runner:
@@ -34,11 +38,14 @@ class Runner:
         folder: of the bundle.
         threads: of the session; None takes one per core, up to eight.
         spin: let waiting threads spin; False when another session runs at the same time.
-        lowering: which form of the graph to run.
+        lowering: which form of the graph to run; None takes the device's.
+        device: a name of `forerun.devices.providers.PROVIDERS`. The KV cache lies in its memory,
+            and only ids and the wanted rows' logits cross.
 
     Raises:
         BundleError: the bundle lacks the lowering, or its graph cannot be loaded.
-        OptionError: `threads` is out of range.
+        DeviceError: the device is not here, cannot run the whole graph, or lacks memory.
+        OptionError: `threads` is out of range, or the device is unknown.
     """
 
     def __init__(
@@ -48,22 +55,29 @@ class Runner:
         *,
         threads: int | None = None,
         spin: bool = True,
-        lowering: str = "cpu",
+        lowering: str | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.manifest = manifest
-        self.arena = KVArena(manifest.kv)
+        row = find_provider(device)
+        self.manifest, self.device = manifest, device
         self._folder = folder
-        self._lowering = lowering
-        self._options = SessionOptions(threads=threads, spin=spin)
+        self._lowering = lowering or row.form
+        self._options = SessionOptions(threads=threads, spin=spin, device=device)
         self.threads = self._options.resolved_threads()
-        self._chain = self._open(lowering)
+        self._require(self._lowering)
+        self.arena: Rows = KVArena(manifest.kv)
+        if row.memory == "device":
+            self.arena = DeviceArena(manifest, folder, self._options, self._lowering)
+        self._spent = 0.0
+        self._epoch = self.arena.epoch
+        self._chain = self._open(self._lowering)
         self._tree: BoundGraph | None = None
         self._last = self._chain
 
     @property
     def session_time(self) -> float:
         """Seconds spent inside ONNX Runtime so far."""
-        return self._chain.seconds + (self._tree.seconds if self._tree else 0.0)
+        return self._spent + self._chain.seconds + (self._tree.seconds if self._tree else 0.0)
 
     def step(
         self,
@@ -89,10 +103,15 @@ class Runner:
             OptionError: no rows, too many rows, ids outside the vocabulary, or parents that are
                 no tree; nothing was run.
             BundleError: the bundle has no graph for trees.
+            DeviceError: the device failed; the KV cache is empty now, and a later step opens the
+                device anew.
         """
         ids = np.asarray(ids, np.int64)
-        self._check(ids)
-        rows = _wanted(want, len(ids))
+        check_ids(ids, self.manifest.model.vocab, MAX_ROWS)
+        self.arena.check_room(len(ids))
+        rows = wanted_rows(want, len(ids))
+        if self._epoch != self.arena.epoch:
+            self._reopen()
         if parents is None:
             logits = self._run_chain(ids, rows)
         else:
@@ -110,26 +129,47 @@ class Runner:
             raise OptionError("the bundle has no hidden states; export it with --hidden-states")
         return hidden
 
+    def features(self) -> np.ndarray | None:
+        """Tapped hidden states float32 [S, F] of all rows of the last step, None without taps.
+
+        A view that is valid until the next step.
+        """
+        return self._last.features
+
     def close(self) -> None:
         """Free the sessions."""
         self._chain.close()
         if self._tree:
             self._tree.close()
 
-    def _open(self, lowering: str) -> BoundGraph:
+    def _require(self, lowering: str) -> None:
         forms = self.manifest.lowerings
         if lowering not in forms:
             raise BundleError(
                 f"the bundle has no lowering {lowering!r}, only {', '.join(forms)}; "
-                "models with a sliding window have none for trees"
+                f"{_WHY_ABSENT.get(lowering.removeprefix(self._lowering), _EXPORT_AGAIN)}"
             )
-        return BoundGraph(
-            forms[lowering], self._folder, self._options, self.arena, self.manifest.model
-        )
+
+    def _open(self, lowering: str) -> BoundGraph:
+        self._require(lowering)
+        form = self.manifest.lowerings[lowering]
+        return BoundGraph(form, self._folder, self._options, self.arena, self.manifest.model)
+
+    def _reopen(self) -> None:
+        """Open the graphs again on new memory, after the device failed."""
+        self._spent = self.session_time
+        self._chain.seconds = 0.0
+        if self._tree:
+            self._tree.close()
+            self._tree = None
+        self._chain.close()
+        self._chain = self._last = self._open(self._lowering)
+        self._epoch = self.arena.epoch
 
     def _run_chain(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         past = self.arena.length
-        logits = self._chain.run(ids, past, rows, past)
+        with self.arena.guarded():
+            logits = self._chain.run(ids, past, rows, past)
         self._last = self._chain
         self.arena.length, self.arena.pending = past + len(ids), 0
         return logits
@@ -137,28 +177,15 @@ class Runner:
     def _run_tree(self, ids: np.ndarray, rows: np.ndarray, parents: Sequence[int]) -> np.ndarray:
         past = self.arena.length
         positions = past + tree_depths(parents, len(ids))
+        if not past:
+            # ONNX Runtime takes the rows of a first prompt to stand one behind the other.
+            raise OptionError(
+                "a tree needs history before it, and the KV cache is empty; run its first row as a chain"
+            )
         if self._tree is None:
             self._tree = self._open(_TREE.format(self._lowering))
-        logits = self._tree.run(ids, positions, rows, past, tree_bias(parents, past))
+        with self.arena.guarded():
+            logits = self._tree.run(ids, positions, rows, past, tree_bias(parents, past))
         self._last = self._tree
         self.arena.pending = len(ids)
         return logits
-
-    def _check(self, ids: np.ndarray) -> None:
-        if ids.ndim != 1 or not 1 <= len(ids) <= MAX_ROWS:
-            raise OptionError(f"a step takes 1 to {MAX_ROWS} rows, got shape {ids.shape}")
-        vocab = self.manifest.model.vocab
-        low, high = (ids[0], ids[0]) if len(ids) == 1 else (ids.min(), ids.max())
-        if low < 0 or high >= vocab:
-            raise OptionError(f"token ids must be in 0..{vocab - 1}, got {low}..{high}")
-        self.arena.check_room(len(ids))
-
-
-def _wanted(want: Want | Sequence[int], count: int) -> np.ndarray:
-    """Numbers of the rows whose logits are computed; at least one, since graphs need one."""
-    if isinstance(want, str):
-        return np.arange(count) if want == "all" else np.array([count - 1])
-    rows = np.asarray(want, np.int64)
-    if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= count:
-        raise OptionError(f"wanted rows must be among the {count} rows, got {want!r}")
-    return rows

@@ -8,9 +8,11 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import Literal, get_args
 
 from forerun.errors import ContextLimitError, OptionError, PromptError
-from forerun.runtime.generation import Generation, OnPrefill, Request, busy_error
+from forerun.runtime.drafted import DraftedGeneration
+from forerun.runtime.drafting.choice import AnyDrafter, Drafters
+from forerun.runtime.generation import Generation, OnPrefill, Request
 from forerun.runtime.options import check_count, check_params
-from forerun.runtime.prefix import PrefixCache, StepRunner
+from forerun.runtime.prefix import PrefixCache, StepRunner, busy_error
 from forerun.runtime.stops import StopStrings, check_stops
 from forerun.runtime.tokenizer import Tokenizer
 from forerun.runtime.types import Event, FinishReason, SamplingParams
@@ -28,6 +30,7 @@ class Session:
         runner: computes the logits.
         tokenizer: of the same bundle.
         cache: shared by all sessions on the same runner; None if this is the only one.
+        drafters: what `generate` can draft with; None knows no names, only `Drafter` objects.
         prefill_chunk: prompt tokens per step; a cancel takes effect between two steps.
 
     Raises:
@@ -43,12 +46,14 @@ class Session:
         tokenizer: Tokenizer,
         *,
         cache: PrefixCache | None = None,
+        drafters: Drafters | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         check_count("prefill_chunk", prefill_chunk, 1)
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self._cache = cache or PrefixCache(runner)
+        self._drafters = drafters or Drafters(runner.manifest)
         self._chunk = prefill_chunk
         self._latest: Generation | None = None
 
@@ -78,13 +83,9 @@ class Session:
         Raises:
             BusyError: a generation is running.
         """
-        if not self._cache.busy.acquire(blocking=False):
-            raise busy_error()
-        try:
+        with self._cache.reserved():
             self.tokens.clear()
             self._cache.rewind(0)
-        finally:
-            self._cache.busy.release()
 
     def generate(
         self,
@@ -97,6 +98,8 @@ class Session:
         context: ContextPolicy = "error",
         n_keep: int = DEFAULT_KEEP,
         on_prefill: OnPrefill | None = None,
+        drafter: AnyDrafter | None = None,
+        accept: str = "match",
     ) -> Generator[Event, None, None]:
         """Continue `prompt` and stream the answer.
 
@@ -115,12 +118,19 @@ class Session:
                 keeps the first `n_keep` tokens and the newest half of the rest and goes on.
             n_keep: see `context`; at most half the context is kept.
             on_prefill: called with (prompt tokens done, prompt tokens) as the prompt is read.
+            drafter: guesses tokens for the model to confirm several at a time: a name
+                (`registry.DRAFTERS`), a `Drafter`, or None for the one the model was loaded with.
+                The text is that of plain decoding, up to ties closer than the model's rounding.
+            accept: ``match`` keeps what the model itself says; ``relaxed`` is lossy: it keeps
+                drafted tokens that are merely typical for the model.
 
         Raises:
             PromptError: the prompt is empty, not text, or holds ids outside the vocabulary.
             ContextLimitError: the prompt alone exceeds the context.
             OptionError: another argument is out of range.
+            UnsupportedError: the drafter does not fit this model.
             BusyError: another generation on this model is not finished.
+            DrafterError: while streaming, the drafter failed.
         """
         generation = self._start(
             prompt,
@@ -132,6 +142,8 @@ class Session:
             context=context,
             n_keep=n_keep,
             on_prefill=on_prefill,
+            drafter=drafter,
+            accept=accept,
         )
         return self._events(generation)
 
@@ -146,6 +158,8 @@ class Session:
         context: ContextPolicy = "error",
         n_keep: int = DEFAULT_KEEP,
         on_prefill: OnPrefill | None = None,
+        drafter: AnyDrafter | None = None,
+        accept: str = "match",
     ) -> Generator[tuple[int, float | None], None, FinishReason]:
         """Like `generate`, without text: yields (token, log-probability), returns the reason.
 
@@ -158,6 +172,8 @@ class Session:
             context: see `generate`.
             n_keep: see `generate`.
             on_prefill: see `generate`.
+            drafter: see `generate`.
+            accept: see `generate`.
 
         Raises:
             UserError: as in `generate`.
@@ -172,6 +188,8 @@ class Session:
             context=context,
             n_keep=n_keep,
             on_prefill=on_prefill,
+            drafter=drafter,
+            accept=accept,
         )
         return self._pairs(generation)
 
@@ -187,6 +205,8 @@ class Session:
         context: str,
         n_keep: int,
         on_prefill: OnPrefill | None,
+        drafter: AnyDrafter | None,
+        accept: str,
     ) -> Generation:
         """Check everything, before any compute."""
         started = time.perf_counter()
@@ -210,8 +230,12 @@ class Session:
             prefill_chunk=self._chunk,
             on_prefill=on_prefill,
         )
+        plan = self._drafters.plan(drafter, accept)
         setup = time.perf_counter() - started
-        self._latest = Generation(request, self._cache, self.tokens, setup)
+        if plan is None:
+            self._latest = Generation(request, self._cache, self.tokens, setup)
+        else:
+            self._latest = DraftedGeneration(request, self._cache, self.tokens, setup, plan)
         return self._latest
 
     def _prompt_ids(self, prompt: str | bytes | Sequence[int]) -> list[int]:
@@ -250,7 +274,7 @@ class Session:
             text, stopped = stops.push(detokenizer.finish())
             text += stops.finish()
         reason = "stop" if stopped else generation.reason
-        yield Event(text, None, None, reason, clock.stats())
+        yield Event(text, None, None, reason, generation.stats())
 
     def _pairs(
         self, generation: Generation

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from forerun.devices.home import find_bundle
+from forerun.devices.providers import find_provider
+from forerun.devices.request import parse_devices
 from forerun.errors import BundleError, OptionError, UnsupportedError
 from forerun.runtime.chat import Chat
+from forerun.runtime.drafting.choice import (
+    DEFAULT_DRAFTER,
+    AnyDrafter,
+    Drafters,
+    measured_means,
+    named_drafters,
+    trees_allowed,
+)
+from forerun.runtime.drafting.plan import check_name
+from forerun.runtime.drafting.policy import POLICIES
+from forerun.runtime.drafting.schedules import SCHEDULES
 from forerun.runtime.manifest import Manifest, inside, load_manifest
 from forerun.runtime.prefix import PrefixCache, StepRunner
 from forerun.runtime.session import Session
@@ -26,6 +42,13 @@ def load(
     variant: str | None = None,
     threads: int | None = None,
     spin: bool = True,
+    drafter: AnyDrafter = DEFAULT_DRAFTER,
+    policy: str = "measured",
+    schedule: str = "serial",
+    trees: bool | None = None,
+    device: str = "cpu",
+    allow_fallback: bool = False,
+    on_fallback: Callable[[str], None] | None = None,
 ) -> Text:
     """Load a text model from its bundle.
 
@@ -34,11 +57,22 @@ def load(
         variant: ``int4``, ``int8`` or ``fp32``; only with a name.
         threads: of the computation; None takes the best that was measured on this machine.
         spin: let waiting threads spin; False when another model runs at the same time.
+        drafter: what generations draft with unless they say otherwise, see `Session.generate`.
+        policy: how much to draft, one of `policy.POLICIES`, by step costs measured once.
+        schedule: one of `schedules.SCHEDULES`.
+        trees: whether drafts may be trees; None allows them where they cannot change the text.
+        device: where the model runs, or ``target=webgpu,draft=cpu``, or ``auto``, which takes the
+            fastest by measurement; `forerun devices` lists them.
+        allow_fallback: go on on the CPU if that device cannot be opened, or fails later.
+        on_fallback: told when that happens, and why; None gives a `RuntimeWarning`.
 
     Raises:
         UnknownModelError: there is no such model on this machine.
         BundleError: the bundle is damaged.
-        OptionError: `threads` is out of range.
+        DeviceError: the device is not here, or cannot run the whole model.
+        OptionError: `threads` is out of range, or there is no such device, drafter, policy or
+            schedule.
+        UnsupportedError: the drafter does not fit the model.
 
     Example:
         >>> with load("smollm2-135m") as text:  # doctest: +SKIP
@@ -46,22 +80,74 @@ def load(
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         raise OptionError(f"threads is {threads!r}; it must be from 1 to {MAX_THREADS}")
-    from forerun.devices.home import find_bundle
-
+    devices = parse_devices(device)
+    drafting = _Drafting(drafter, policy, schedule, trees, devices.draft or "cpu")
     name = os.fspath(model)
-    folder = find_bundle(name if variant is None else f"{name}:{variant}")
+    bundle = _read_bundle(find_bundle(name if variant is None else f"{name}:{variant}"))
+    # Imported here: onnxruntime takes long to import, and wrong input should be told before.
+    from forerun.runtime.open import open_on
+    from forerun.runtime.probe import best_threads
+
+    how: dict[str, Any] = {"threads": threads or best_threads(bundle.manifest), "spin": spin}
+    how |= {"allow_fallback": allow_fallback, "on_fallback": on_fallback}
+    runner = open_on(devices.target, bundle.manifest, bundle.folder, **how)
+    return _with_drafters(runner, bundle, drafting)
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """The parts of a bundle that are read at once."""
+
+    folder: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    template: str | None
+
+
+def _read_bundle(folder: Path) -> _Bundle:
     manifest = load_manifest(folder)
     if manifest.kind != "text":
         raise UnsupportedError(f"{folder} is a {manifest.kind} model; a text model is needed here")
     manifest.check_files(folder)
     template = _read_template(manifest, folder)
-    tokenizer = Tokenizer(manifest, folder)
-    # Imported here: onnxruntime takes long to import, and wrong input should be told before.
-    from forerun.runtime.probe import best_threads
-    from forerun.runtime.runner import Runner
+    return _Bundle(folder, manifest, Tokenizer(manifest, folder), template)
 
-    threads = threads or best_threads(manifest)
-    return Text(Runner(manifest, folder, threads=threads, spin=spin), tokenizer, template)
+
+@dataclass(frozen=True)
+class _Drafting:
+    """What `load` was told about drafting; see there."""
+
+    drafter: AnyDrafter
+    policy: str
+    schedule: str
+    trees: bool | None
+    device: str
+
+    def __post_init__(self) -> None:
+        check_name("policy", self.policy.partition(":")[0], POLICIES)
+        check_name("schedule", self.schedule, SCHEDULES)
+
+
+def _with_drafters(runner: Any, bundle: _Bundle, how: _Drafting) -> Text:
+    manifest, cache = bundle.manifest, PrefixCache(runner)
+    lowering = find_provider(runner.device).form
+    drafters = Drafters(
+        manifest,
+        named_drafters(manifest, bundle.folder, runner.threads, how.device),
+        default=how.drafter,
+        schedule=how.schedule,
+        trees=trees_allowed(manifest, lowering) if how.trees is None else how.trees,
+        device=how.device,
+        means=lambda: measured_means(cache, runner.device, runner.threads, how.policy),
+    )
+    text = Text(runner, bundle.tokenizer, bundle.template, cache=cache, drafters=drafters)
+    try:
+        # A drafter that does not fit is told now, and its first answer does not wait for it.
+        drafters.plan()
+    except BaseException:
+        text.close()
+        raise
+    return text
 
 
 class Text:
@@ -71,16 +157,25 @@ class Text:
         runner: computes the logits.
         tokenizer: of the same bundle.
         template: the model's chat template, or None for a base model.
+        cache: of the runner; None makes one.
+        drafters: what generations can draft with; None knows no names, only `Drafter` objects.
     """
 
     def __init__(
-        self, runner: StepRunner, tokenizer: Tokenizer, template: str | None = None
+        self,
+        runner: StepRunner,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        *,
+        cache: PrefixCache | None = None,
+        drafters: Drafters | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self._runner = runner
-        self._cache = PrefixCache(runner)
-        self._session = Session(runner, tokenizer, cache=self._cache)
+        self._cache = cache or PrefixCache(runner)
+        self._drafters = drafters or Drafters(runner.manifest)
+        self._session = self.session()
 
     @property
     def manifest(self) -> Manifest:
@@ -122,7 +217,7 @@ class Text:
                 as a user's message; a base model always continues.
             system: system message, for models with a chat template.
             **options: as in `Session.generate`: sampling, max_tokens, stop, logprobs, context,
-                n_keep, on_prefill.
+                n_keep, on_prefill, drafter, accept.
 
         Raises:
             UserError: as in `Session.generate`.
@@ -168,14 +263,15 @@ class Text:
 
     def session(self) -> Session:
         """A session of its own; all sessions of this model take turns on one KV cache."""
-        return Session(self._runner, self.tokenizer, cache=self._cache)
+        return Session(self._runner, self.tokenizer, cache=self._cache, drafters=self._drafters)
 
     def cancel(self) -> None:
         """End the latest `stream` or `generate` within one step; callable from any thread."""
         self._session.cancel()
 
     def close(self) -> None:
-        """Free the model; it cannot be used afterwards."""
+        """Free the model and its drafters; it cannot be used afterwards."""
+        self._drafters.close()
         close = getattr(self._runner, "close", None)
         if close is not None:
             close()

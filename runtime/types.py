@@ -51,11 +51,20 @@ class Stats:
         prefill_tok_s: prompt tokens that were run, per second.
         decode_tok_s: later tokens per second.
         rounds: target steps after the prefill.
-        proposed: drafted tokens.
+        tokens_per_round: later tokens / rounds; 1 without a drafter.
+        proposed: drafted tokens that were verified.
         accepted: drafted tokens that were kept.
+        overruled: accepted tokens that the model had not chosen; 0 unless `accept` is lossy.
+        acceptance: drafter to depth (1 is right behind the text) to [proposed, accepted].
+        draft_ms: time spent in the drafter.
+        verify_ms: time of the steps that verified its tokens.
+        speedup: time of as many plain steps, as measured on this machine before, / time of the
+            later tokens; 0 if that was not measured.
         session_share: time inside ONNX Runtime / wall time.
         peak_rss_mb: largest resident size of the process so far.
         drafter: name of the drafter.
+        schedule: ``plain`` (no drafter), ``serial`` or another name of `plan.SCHEDULES`.
+        accept: name of the accept rule; all but ``match`` are lossy.
         devices: which device ran the target and the drafter.
     """
 
@@ -67,11 +76,19 @@ class Stats:
     prefill_tok_s: float = 0.0
     decode_tok_s: float = 0.0
     rounds: int = 0
+    tokens_per_round: float = 0.0
     proposed: int = 0
     accepted: int = 0
+    overruled: int = 0
+    acceptance: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    speedup: float = 0.0
     session_share: float = 0.0
     peak_rss_mb: float = 0.0
     drafter: str = "none"
+    schedule: str = "plain"
+    accept: str = "match"
     devices: dict[str, str | None] = field(default_factory=dict)
 
 

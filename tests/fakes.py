@@ -60,6 +60,7 @@ class FakeArena:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.rows: list[int] = []
+        self.pending: list[int] = []
 
     @property
     def length(self) -> int:
@@ -69,6 +70,12 @@ class FakeArena:
         if not 0 <= length <= len(self.rows):
             raise OptionError(f"cannot rewind to {length}: {len(self.rows)} tokens are cached")
         del self.rows[length:]
+        self.pending = []
+
+    def commit(self, rows) -> None:
+        assert list(rows) == sorted(set(rows)), rows
+        self.rows += [self.pending[row] for row in rows]
+        self.pending = []
 
 
 class FakeRunner:
@@ -100,10 +107,11 @@ class FakeRunner:
         self.fail_late = fail_late
         self.fail_at, self.delay, self.never = fail_at, delay, list(never)
         self.steps: list[int] = []
+        self.parents: list[list[int] | None] = []
         self.closed = False
         self._logits = np.zeros((1, manifest.model.vocab), np.float32)
 
-    def step(self, ids, *, want="last"):
+    def step(self, ids, *, want="last", parents=None):
         ids = [int(token) for token in ids]
         if len(self.steps) == self.fail_at:
             self.fail_at = None
@@ -116,13 +124,36 @@ class FakeRunner:
         if self.delay:
             time.sleep(self.delay)
         self.steps.append(len(ids))
-        self.arena.rows.extend(ids)
+        self.parents.append(parents)
+        past = list(self.arena.rows)
+        if parents is None:
+            self.arena.rows.extend(ids)
+        else:
+            self.arena.pending = ids
         if want == "none":
             return self._logits[:0]
+        rows = range(len(ids)) if want == "all" else [len(ids) - 1]
+        if len(rows) > len(self._logits):
+            self._logits = np.zeros((len(rows), self.manifest.model.vocab), np.float32)
         # In place: what an earlier step returned is overwritten, as in the real runner.
-        self._logits[0] = self.logits_after(self.arena.rows)
+        for out, row in zip(self._logits, rows, strict=False):
+            out[:] = self.logits_after(past + self._path(ids, row, parents))
         self.session_time += time.perf_counter() - started
-        return self._logits
+        return self._logits[: len(rows)]
+
+    def features(self):
+        return None
+
+    def _path(self, ids, row, parents):
+        """The ids that a row sees, itself the last."""
+        if parents is None:
+            return ids[: row + 1]
+        path = []
+        while row >= 0:
+            assert parents[row] < row
+            path.append(ids[row])
+            row = parents[row]
+        return path[::-1]
 
     def logits_after(self, ids: list[int]) -> np.ndarray:
         """float32 [V], a function of the ids."""

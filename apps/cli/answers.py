@@ -74,6 +74,33 @@ def stats_line(stats: Stats) -> str:
         f"{stats.prompt_tokens} prompt tokens{cached} at {stats.prefill_tok_s:.0f} tok/s, "
         f"first token after {stats.ttft_ms:.0f} ms, "
         f"{stats.new_tokens} new tokens at {stats.decode_tok_s:.1f} tok/s, "
+        f"{_draft_figures(stats)}"
+        f"{_places(stats)}"
         f"{100 * stats.session_share:.1f} % of the time in ONNX Runtime, "
         f"peak memory {stats.peak_rss_mb:.0f} MB"
     )
+
+
+def _places(stats: Stats) -> str:
+    """Which devices ran what; nothing if it was the CPU alone."""
+    used = {part: device for part, device in stats.devices.items() if device}
+    if set(used.values()) <= {"cpu"}:
+        return ""
+    return ", ".join(f"{part} on {device}" for part, device in used.items()) + ", "
+
+
+def _draft_figures(stats: Stats) -> str:
+    """What drafting did; nothing without a drafter."""
+    if stats.drafter == "none":
+        return ""
+    parts = [
+        f"{stats.tokens_per_round:.2f} tokens a step with drafter {stats.drafter} "
+        f"({stats.schedule})",
+        f"{stats.accepted} of {stats.proposed} drafted tokens accepted",
+        f"drafting {stats.draft_ms:.0f} ms and verifying {stats.verify_ms:.0f} ms",
+    ]
+    if stats.speedup:
+        parts.insert(1, f"{stats.speedup:.2f} times plain decoding")
+    if stats.accept != "match":
+        parts.append(f"lossy: {stats.overruled} of them were not the model's own choice")
+    return ", ".join(parts) + ", "

@@ -61,7 +61,12 @@ class Item:
 
     def key(self, model: str) -> str:
         """Return 16 hex digits for everything the answer depends on."""
-        made_from = [model, self.prompt, dataclasses.asdict(self.request)]
+        request = dataclasses.asdict(self.request)
+        del request["allow_fallback"]
+        # With an exact rule the drafter does not change the answer.
+        if request.pop("accept") == "match":
+            del request["drafter"]
+        made_from = [model, self.prompt, request]
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -250,7 +255,9 @@ def run_batch(
         skipped = len(items) - len(todo)
         if skipped:
             note(f"{skipped} of {len(items)} prompts are finished in {out} already")
-        new_tokens, seconds = _answer_all(todo, results, model, threads) if todo else (0, 0.0)
+        new_tokens, seconds = (
+            _answer_all(todo, results, model, threads, request) if todo else (0, 0.0)
+        )
         failed = sum(results.done[item.id].failed for item in items)
     return {
         "prompts": len(items),
@@ -284,12 +291,12 @@ def _remaining(
 
 
 def _answer_all(
-    todo: Sequence[Item], results: Results, model: str, threads: int | None
+    todo: Sequence[Item], results: Results, model: str, threads: int | None, request: Request
 ) -> tuple[int, float]:
     from forerun.runtime.text import load
 
     new_tokens, begin = 0, time.monotonic()
-    with reporter() as show, load(model, threads=threads) as text:
+    with reporter() as show, load(model, threads=threads, **request.how_to_load()) as text:
         # Ctrl-C may come while a line is written, too; then the line is finished first.
         with cancel_on_interrupt(text.cancel) as outside:
             for number, item in enumerate(todo):

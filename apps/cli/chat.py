@@ -52,6 +52,10 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     context: options.Context = "error",
+    drafter: options.DrafterName = options.DEFAULT_DRAFTER,
+    accept: options.Accept = "match",
+    device: options.Device = "cpu",
+    allow_fallback: options.AllowFallback = False,
     threads: options.Threads = None,
     stats: options.StatsLine = False,
 ) -> int:
@@ -59,13 +63,16 @@ def chat(
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = {name: value for name, value in locals().items() if name in names}
     options.sampling_params(sampling, (), seed)
+    rule = options.accept_rule(accept, drafter)
     policy, stops = options.context_policy(context), options.stop_texts(stop)
     from forerun.runtime.text import load
 
-    with reporter(_QUIET_S) as show, load(model, threads=threads) as text:
+    where = {"device": device, "allow_fallback": allow_fallback, "on_fallback": note}
+    with reporter(_QUIET_S) as show, load(model, threads=threads, drafter=drafter, **where) as text:
         show.close()
         params = options.sampling_params(sampling, (), seed, text.manifest.generation)
         how = {"sampling": params, "max_tokens": max_tokens, "stop": stops, "context": policy}
+        how["accept"] = rule
         talk = Conversation(text.chat(system=system), how, stats)
         with _terminal_history() as interactive:
             if interactive:

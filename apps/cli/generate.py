@@ -30,6 +30,7 @@ forerun generate "Why is the sky blue?"
 forerun generate "Write a haiku." --temperature 0.8 --top-p 0.95 --seed 7 --stats
 git diff | forerun generate - --system "Describe this change." --max-tokens 80
 forerun generate "Once upon a time" --raw --json
+forerun generate "Correct the spelling: ..." --drafter ngram --stats
 forerun generate --file prompts.jsonl --out results.jsonl
 
 \b
@@ -68,6 +69,10 @@ class Request:
         raw: whether the chat template is left out.
         system: instructions before the prompt.
         context: what happens when the context is full.
+        drafter: name of what guesses ahead.
+        accept: which guesses stay.
+        device: where the model runs, and a draft model.
+        allow_fallback: go on on the CPU if that device is missing or fails.
     """
 
     sampling: SamplingParams
@@ -77,6 +82,19 @@ class Request:
     raw: bool = False
     system: str | None = None
     context: Literal["error", "slide"] = "error"
+    drafter: str = options.DEFAULT_DRAFTER
+    accept: str = "match"
+    device: str = "cpu"
+    allow_fallback: bool = False
+
+    def how_to_load(self) -> dict[str, Any]:
+        """Arguments of `forerun.load` that this run asks for."""
+        return {
+            "drafter": self.drafter,
+            "device": self.device,
+            "allow_fallback": self.allow_fallback,
+            "on_fallback": note,
+        }
 
 
 def generate(
@@ -97,6 +115,10 @@ def generate(
     system: options.System = None,
     raw: Raw = False,
     context: options.Context = "error",
+    drafter: options.DrafterName = options.DEFAULT_DRAFTER,
+    accept: options.Accept = "match",
+    device: options.Device = "cpu",
+    allow_fallback: options.AllowFallback = False,
     threads: options.Threads = None,
     logprobs: Logprobs = False,
     as_json: options.Json = False,
@@ -142,6 +164,10 @@ def _request(given: dict[str, Any]) -> Request:
         raw=given["raw"],
         system=given["system"],
         context=options.context_policy(given["context"]),
+        drafter=given["drafter"],
+        accept=options.accept_rule(given["accept"], given["drafter"]),
+        device=given["device"],
+        allow_fallback=given["allow_fallback"],
     )
 
 
@@ -168,6 +194,7 @@ def answer(
             raw=request.raw,
             system=request.system,
             context=request.context,
+            accept=request.accept,
             on_prefill=lambda done, total: show("prefill", done, total),
         )
         if interrupt.fired:
@@ -186,7 +213,10 @@ def _answer_one(
 ) -> None:
     from forerun.runtime.text import load
 
-    with reporter(_QUIET_S) as show, load(model, threads=threads) as text:
+    with (
+        reporter(_QUIET_S) as show,
+        load(model, threads=threads, **request.how_to_load()) as text,
+    ):
         done, interrupted = answer(text, prompt, request, show, str if as_json else emit_answer)
     if as_json:
         fields = answer_json(done, request.sampling.seed, request.logprobs)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional, cast
 
 import typer
 
+from forerun.apps.cli.report import note
 from forerun.errors import OptionError, PromptError
 
 if TYPE_CHECKING:
     from forerun.runtime.types import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_DRAFTER = "default"
 
 Model = Annotated[
     str,
@@ -81,6 +83,37 @@ Context = Annotated[
 Threads = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--threads", min=1, help="Threads to compute with; chosen by a probe if absent."),
+]
+DrafterName = Annotated[
+    str,
+    typer.Option(
+        "--drafter",
+        metavar="NAME|PATH",
+        show_default="auto where it cannot change the text (int4-exact), else none",
+        help="Guess ahead, several tokens at a time, with the same text: ngram, recycle, "
+        "ngram+recycle, head, model, model+ngram, auto, or a drafter's folder; none turns it off.",
+    ),
+]
+Accept = Annotated[
+    str,
+    typer.Option(
+        "--accept",
+        metavar="match|relaxed",
+        help="Which guesses stay: match is exact; relaxed is lossy, it keeps typical ones too.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME|auto",
+        help="Where the model runs, see forerun devices; target=NAME,draft=NAME places a draft "
+        "model too.",
+    ),
+]
+AllowFallback = Annotated[
+    bool,
+    typer.Option("--allow-fallback", help="Go on on the CPU if that device is missing or fails."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 StatsLine = Annotated[bool, typer.Option("--stats", help="Print the measured figures to stderr.")]
@@ -151,6 +184,21 @@ def context_policy(value: str) -> Literal["error", "slide"]:
     if value not in ("error", "slide"):
         raise OptionError(f"--context {value!r} is not known; it can be error or slide")
     return cast(Literal["error", "slide"], value)
+
+
+def accept_rule(value: str, drafter: str) -> str:
+    """Return the accept rule; a lossy one is told on stderr.
+
+    Raises:
+        OptionError: there is no such rule, or no drafter whose guesses it could accept.
+    """
+    if value not in ("match", "relaxed"):
+        raise OptionError(f"--accept {value!r} is not known; it can be match or relaxed")
+    if value == "relaxed":
+        if drafter in ("none", DEFAULT_DRAFTER):
+            raise OptionError("--accept relaxed needs a drafter; add --drafter, e.g. ngram")
+        note("--accept relaxed is lossy: the text may differ from what the model itself would say")
+    return value
 
 
 def stop_texts(texts: Sequence[str] | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from forerun.apps.cli import generate, main, report
 from forerun.errors import DownloadError, ExportMismatch
 
 WRONG = {
-    "unknown option": (["generate", "hi", "--drafter", "auto"], "--drafter"),
+    "unknown option": (["generate", "hi", "--colour", "red"], "--colour"),
     "unknown device option": (["generate", "hi", "--device", "gpu"], "--device"),
     "unknown command": (["generte"], "generte"),
     "unknown bench": (["bench", "poetry"], "poetry"),

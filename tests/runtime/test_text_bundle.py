@@ -3,7 +3,13 @@
 import pytest
 import tiny
 
-from forerun.errors import BundleError, ContextLimitError, UnsupportedError
+from forerun.errors import (
+    BundleError,
+    BusyError,
+    ContextLimitError,
+    OptionError,
+    UnsupportedError,
+)
 from forerun.runtime.text import load
 from forerun.runtime.types import SamplingParams
 
@@ -67,3 +73,26 @@ def test_a_bit_flip_in_any_file_is_refused(folder):
                 load(folder, threads=1)
         path.write_bytes(data)
     load(folder, threads=1).close()
+
+
+def test_a_model_can_be_loaded_with_a_drafter(folder, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORERUN_HOME", str(tmp_path))
+    prompt, options = list(range(60, 80)), {"max_tokens": 30, "stop_ids": ()}
+    expected = list(text.session().generate_ids(prompt, **options))
+    with load(folder, threads=1, drafter="ngram+recycle", policy="fixed:3") as drafting:
+        assert list(drafting.session().generate_ids(prompt, **options)) == expected
+        stats = list(drafting.stream(prompt, max_tokens=5))[-1].stats
+        assert stats.schedule == "serial" and stats.speedup > 0
+        assert list(drafting.stream(prompt, max_tokens=5, drafter="none"))[-1].stats.speedup == 0
+    assert list((tmp_path).rglob("costs*")), "the model's step costs are kept"
+    for wrong in ({"drafter": "psychic"}, {"policy": "none"}, {"schedule": "none"}):
+        with pytest.raises(OptionError, match=r"must be|can be"):
+            load(folder, threads=1, **{"drafter": "ngram", **wrong})
+    with pytest.raises(OptionError, match="policy"):
+        load(folder, threads=1, policy="whatever")
+    with load(folder, threads=1) as plain:
+        assert list(plain.session().generate_ids(prompt, drafter="recycle", **options)) == expected
+        first = plain.stream(prompt, max_tokens=5)
+        next(first)
+        with pytest.raises(BusyError):
+            plain.stream(prompt, drafter="ngram")

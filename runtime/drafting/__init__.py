@@ -1,0 +1,1 @@
+"""Drafting: cheap guesses at the next tokens, which the model confirms several at a time."""
