@@ -21,6 +21,8 @@ class _Peer:
         threads = {"intra_op_num_threads": request["threads"]}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
         self._model = og.Model(config)
+        # How it drafts from the text's own n-grams; none of it is plain decoding.
+        self._speculative: dict[str, Any] = request.get("speculative") or {}
         return {"version": metadata.version("onnxruntime-genai")}
 
     def measure(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -29,8 +31,12 @@ class _Peer:
         prompt, tokens = np.asarray(request["prompt"], np.int32), request["tokens"]
         total = len(prompt) + tokens
         params = self._og.GeneratorParams(self._model)
-        # min_length is how this library is told to write on after an end token.
-        params.set_search_options(max_length=total + 1, min_length=total, do_sample=False)
+        params.set_search_options(max_length=total + 1, do_sample=False)
+        if not request.get("eos"):
+            # This is how this library is told to write on after an end token.
+            params.set_search_options(min_length=total)
+        if self._speculative:
+            params.set_speculative_options(**self._speculative)
         generator = self._og.Generator(self._model, params)
         start = time.perf_counter()
         generator.append_tokens(prompt)
@@ -48,10 +54,19 @@ class _Peer:
             "decode_s": end - first,
             "steps": steps,
             "tokens": [int(token) for token in written],
+            **(_drafting(generator.get_speculative_stats()) if self._speculative else {}),
         }
 
     def memory(self, _request: dict[str, Any]) -> dict[str, Any]:
         return {"peak_rss_mb": peak_rss_mb()}
+
+
+def _drafting(stats: dict[str, Any]) -> dict[str, int]:
+    return {
+        "proposed": stats["draft_tokens_proposed"],
+        "accepted": stats["draft_tokens_accepted"],
+        "rounds": stats["rounds"] + stats["standard_fallback_steps"],
+    }
 
 
 def main() -> None:

@@ -26,7 +26,10 @@ def binary(name: str) -> Path:
 
 
 class _Peer:
+    _server: subprocess.Popen[bytes] | None = None
+
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.close()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -36,6 +39,7 @@ class _Peer:
         command += ["--threads", threads, "--threads-batch", threads, "--threads-http", "1"]
         # Without the cache of old prompts its memory is that of one conversation, like the others'.
         command += ["--ctx-size", str(request["context"]), "--cache-ram", "0", "--offline"]
+        command += request.get("arguments", [])
         # Weights in memory of its own: pages mapped from a file may be dropped between turns.
         # Same process group, so that pausing the worker pauses the server; its log is ours.
         environment = {**os.environ, "LLAMA_ARG_LOAD_MODE": "none", "LLAMA_ARG_MMAP": "0"}
@@ -53,7 +57,7 @@ class _Peer:
                 "prompt": request["prompt"],
                 "n_predict": request["tokens"],
                 "cache_prompt": False,
-                "ignore_eos": True,
+                "ignore_eos": not request.get("eos"),
                 "temperature": 0,
                 "samplers": ["top_k"],
                 "top_k": 1,
@@ -71,12 +75,16 @@ class _Peer:
             "decode_s": times["predicted_ms"] / 1e3,
             "steps": times["predicted_n"] - 1,
             "tokens": answer.get("tokens", []),
+            "proposed": times.get("draft_n"),
+            "accepted": times.get("draft_n_accepted"),
         }
 
     def memory(self, _request: dict[str, Any]) -> dict[str, Any]:
+        assert self._server is not None
         return {"peak_rss_mb": peak_rss_mb(self._server.pid)}
 
     def _wait_ready(self, timeout: float = 120.0) -> None:
+        assert self._server is not None
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self._server.poll() is not None:
@@ -96,7 +104,9 @@ class _Peer:
             return json.load(response)
 
     def close(self) -> None:
-        self._server.kill()
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
 
 
 def main() -> None:

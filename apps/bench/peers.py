@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 PYTHON_VARIABLE = "FORERUN_PEERS_PYTHON"
 INSTALL_HINT = "pip install 'forerun[peers]'"
@@ -23,6 +24,8 @@ class Runtime:
         module: worker to run with ``python -m``.
         package: distribution that must be installed where the worker runs; None for ourselves.
         model: name of the preparation in `prepare.MODELS` that makes the files it reads.
+        options: more fields of the worker's `load` request.
+        mode: how it decodes, if it takes part in several ways.
     """
 
     key: str
@@ -31,11 +34,13 @@ class Runtime:
     module: str
     package: str | None
     model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    mode: str = ""
 
     @property
     def title(self) -> str:
         """For tables, e.g. ``llama.cpp Q4_0``."""
-        return f"{self.name} {self.weights}"
+        return f"{self.name} {self.weights} {self.mode}".rstrip()
 
 
 _HERE = "forerun.apps.bench"

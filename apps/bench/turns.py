@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from forerun.apps.bench import machine, plan
 from forerun.apps.bench.spread import Spread, ratio, spread
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from forerun.apps.bench.prepare import Prepared
 
 FOREIGN_LIMIT = 0.10
-_OURS = "forerun"
+OURS = "forerun"
 _WARMUP_TOKENS = 8
 _TOUCH = list(range(100, 116))
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ class Sample:
 
 
 @dataclass
-class _Opened:
+class Opened:
+    """A runtime that takes part, and its worker."""
+
     runtime: Runtime
+    prepared: Prepared
     worker: Worker
     version: str
     cold_start_s: float
@@ -64,9 +69,14 @@ class Bench:
     def __init__(self, say: Callable[[str], None], logs: Path, threads: int, context: int) -> None:
         self._say, self._logs = say, logs
         self._threads, self._context = threads, context
-        self._workers: list[_Opened] = []
+        self._workers: list[Opened] = []
         self.failed: dict[str, str] = {}
         self.disturbed = self.taken = 0
+
+    @property
+    def workers(self) -> list[Opened]:
+        """Runtimes that take part, with their workers; a copy."""
+        return list(self._workers)
 
     @property
     def opened(self) -> list[Runtime]:
@@ -86,14 +96,12 @@ class Bench:
             start = time.monotonic()
             command = [python, "-m", runtime.module]
             worker = Worker(runtime.title, command, self._logs / f"{runtime.key}.log")
-            item = _Opened(runtime, worker, "", 0.0, {})
+            item = Opened(runtime, prepared, worker, "", 0.0, {})
             self._workers.append(item)
             try:
-                model, size = str(prepared.path), self._context
-                loaded = worker.call("load", model=model, threads=self._threads, context=size)
-                worker.call("measure", prompt=_TOUCH, tokens=1)
+                loaded = self._load(worker, runtime, prepared)
             except WorkerError as error:
-                self._drop(item, error)
+                self.drop(item, error)
                 continue
             item.version = str(loaded.get("version") or "")
             item.cold_start_s = time.monotonic() - start
@@ -112,7 +120,7 @@ class Bench:
                     try:
                         sample = self._turn(item, measures[depth, run], warm_up=run < 0)
                     except WorkerError as error:
-                        self._drop(item, error)
+                        self.drop(item, error)
                         continue
                     if run >= 0:
                         samples.setdefault((item.runtime.key, depth), []).append(sample)
@@ -141,22 +149,55 @@ class Bench:
         for item in self._workers:
             item.worker.close()
 
-    def _turn(self, item: _Opened, measures: Sequence[plan.Measure], warm_up: bool) -> Sample:
+    def turn(self, item: Opened, work: Callable[[Worker], T]) -> T:
+        """Let one worker run while `work` talks to it; all others stand still.
+
+        Raises:
+            WorkerError: it failed; see `drop`.
+        """
         worker = item.worker
         worker.resume()
         # While it was stopped, the kernel may have dropped weights that are mapped from a file.
         worker.call("measure", prompt=_TOUCH, tokens=2)
         busy, own = machine.busy_seconds(), worker.cpu_seconds()
         start = time.monotonic()
-        sample = Sample()
-        for part in measures:
-            tokens = min(part.tokens, _WARMUP_TOKENS) if warm_up else part.tokens
-            answer = worker.call("measure", prompt=list(part.prompt), tokens=tokens)
-            sample = _merge(sample, part, answer)
+        result = work(worker)
         self._count_disturbance(busy, own, worker, time.monotonic() - start)
-        item.peak_rss_mb[measures[0].depth] = worker.call("memory").get("peak_rss_mb")
         worker.pause()
-        return sample
+        return result
+
+    def reload(self, item: Opened) -> None:
+        """Load the model of a worker anew, so that it remembers no text.
+
+        Raises:
+            WorkerError: it failed; see `drop`.
+        """
+        item.worker.resume()
+        self._load(item.worker, item.runtime, item.prepared)
+        item.worker.pause()
+
+    def _load(self, worker: Worker, runtime: Runtime, prepared: Prepared) -> dict[str, Any]:
+        answer = worker.call(
+            "load",
+            model=str(prepared.path),
+            threads=self._threads,
+            context=self._context,
+            **runtime.options,
+        )
+        worker.call("measure", prompt=_TOUCH, tokens=1)
+        return answer
+
+    def _turn(self, item: Opened, measures: Sequence[plan.Measure], warm_up: bool) -> Sample:
+        def work(worker: Worker) -> Sample:
+            sample = Sample()
+            for part in measures:
+                tokens = min(part.tokens, _WARMUP_TOKENS) if warm_up else part.tokens
+                answer = worker.call("measure", prompt=list(part.prompt), tokens=tokens)
+                sample = _merge(sample, part, answer)
+            item.peak_rss_mb[measures[0].depth] = worker.call("memory").get("peak_rss_mb")
+            return sample
+
+        return self.turn(item, work)
 
     def _count_disturbance(
         self, busy: float | None, own: float, worker: Worker, seconds: float
@@ -177,10 +218,15 @@ class Bench:
             parts.append(f"prefill {sample.prefill:.0f}")
         self._say(" ".join(parts) + " tok/s")
 
-    def _drop(self, item: _Opened, error: WorkerError) -> None:
+    def drop(self, item: Opened, error: WorkerError) -> None:
+        """Go on without a peer that failed.
+
+        Raises:
+            WorkerError: it was forerun itself.
+        """
         item.worker.close()
         self._workers.remove(item)
-        if item.runtime.key == _OURS:
+        if item.runtime.name == OURS:
             raise error
         self._say(f"left out: {error}")
         self.failed[item.runtime.title] = str(error)
@@ -250,9 +296,9 @@ def ratios(
     """How many times faster forerun is than each peer, for decoding and prefill."""
     found = []
     for depth in depths:
-        ours = _figures(samples, _OURS, depth)
+        ours = _figures(samples, OURS, depth)
         for peer in opened:
-            if peer.key == _OURS:
+            if peer.key == OURS:
                 continue
             theirs = _figures(samples, peer.key, depth)
             for what in ("decode_tok_s", "prefill_tok_s"):

@@ -61,7 +61,7 @@ def bench_text(
 ) -> None:
     """Measure text generation; `TEXT_HELP` is what the user reads."""
     wanted = depth_list(depths)
-    _check_folder(json_file)
+    check_folder(json_file)
     from forerun.apps.bench.text import run
 
     run(peers=peers, json_path=json_file, runs=runs, depths=wanted, threads=threads, model=model)
@@ -75,7 +75,7 @@ def bench_quality(
     model: options.Model = options.DEFAULT_MODEL,
 ) -> None:
     """Measure what quantization costs; `QUALITY_HELP` is what the user reads."""
-    _check_folder(json_file)
+    check_folder(json_file)
     from forerun.apps.bench.quality import run_quality
 
     run_quality(model=model, json_path=json_file, peers=peers, tokens=tokens, threads=threads)
@@ -89,13 +89,18 @@ def bench_profile(
 ) -> None:
     """Profile decoding; `PROFILE_HELP` is what the user reads."""
     wanted = depth_list(depths)
-    _check_folder(json_file)
+    check_folder(json_file)
     from forerun.apps.bench.profile import run_profile
 
     run_profile(model=model, depths=wanted, threads=threads, json_path=json_file)
 
 
-def _check_folder(json_file: Path | None) -> None:
+def check_folder(json_file: Path | None) -> None:
+    """Refuse a file whose folder is missing, before anything is measured.
+
+    Raises:
+        OptionError: it is.
+    """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise OptionError(f"{json_file.absolute().parent} is not a folder; make it first")
 
