@@ -1,0 +1,48 @@
+"""Writing a drafter to the side and renaming it into place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from forerun.errors import OptionError
+from forerun.export.training.pack import DRAFTER_NAME
+
+
+@contextlib.contextmanager
+def drafter_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `out` if the block succeeds.
+
+    An existing `out` is replaced only if it is empty or a drafter.
+
+    Raises:
+        OptionError: `out` exists and is something else.
+    """
+    out = Path(out).absolute()
+    check_place(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+    try:
+        yield temporary
+        old = out.with_name(f".{out.name}.{os.getpid()}.old")
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_place(out: Path) -> None:
+    """Refuse a folder that must not be replaced.
+
+    Raises:
+        OptionError: it exists and is no drafter.
+    """
+    taken = out.exists() and any(out.iterdir() if out.is_dir() else [out])
+    if taken and not (out / DRAFTER_NAME).is_file():
+        raise OptionError(f"{out} exists and is not a drafter; choose another folder")

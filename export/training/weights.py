@@ -1,0 +1,101 @@
+"""Float32 weights of a text bundle, whatever form its graph stores them in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from forerun.errors import UnsupportedError
+from forerun.export.graph import EMBEDDING, HEAD_WEIGHT
+from forerun.export.writer import WEIGHTS_NAME
+from forerun.quant.blocks import Blocks, dequantize, unpack_codes, unpack_zeros
+from forerun.quant.rows8 import Columns8, dequantize_columns
+from forerun.runtime.manifest import Manifest, inside, load_manifest
+
+
+class BundleWeights:
+    """Reads initializers of a bundle's graph and undoes their quantization.
+
+    Args:
+        folder: a text bundle, float32 or quantized.
+
+    Attributes:
+        manifest: of the bundle.
+        heads: query heads.
+        eps: added to the mean square in every RMS norm.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = load_manifest(self.folder)
+        graph = inside(self.folder, self.manifest.lowerings["cpu"].graph)
+        model = onnx.load(str(graph), load_external_data=False)
+        self._initializers = {t.name: t for t in model.graph.initializer}
+        self._bits: dict[str, int] = {}
+        for node in model.graph.node:
+            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            if node.op_type == "GroupQueryAttention":
+                self.heads = int(attributes["num_heads"])
+                if attributes.get("local_window_size", -1) > 0:
+                    raise UnsupportedError("drafters cannot be trained for sliding windows yet")
+            if node.op_type == "SimplifiedLayerNormalization":
+                self.eps = float(attributes["epsilon"])
+            if node.op_type == "MatMulNBits":
+                self._bits[node.input[1]] = int(attributes["bits"])
+            if node.op_type == "GatherBlockQuantized":
+                self._bits[node.input[0]] = int(attributes["bits"])
+        self._check_plain({node.op_type for node in model.graph.node})
+
+    def array(self, name: str) -> np.ndarray:
+        """The initializer as it is stored."""
+        tensor = self._initializers[name]
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor)
+        offset = int(next(e.value for e in tensor.external_data if e.key == "offset"))
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.memmap(self.folder / WEIGHTS_NAME, dtype, "r", offset, tuple(tensor.dims))
+
+    def matrix(self, label: str) -> np.ndarray:
+        """A projection as float32 [out, in], e.g. ``qkv.0`` or ``down.3``."""
+        if label in self._bits:
+            return self._dequantized(label)
+        return np.ascontiguousarray(self.array(label).T)
+
+    def embedding(self) -> np.ndarray:
+        """The embedding as float32 [vocab, hidden]."""
+        if EMBEDDING in self._bits:
+            return self._dequantized(EMBEDDING)
+        return np.array(self.array(EMBEDDING))
+
+    def head(self) -> np.ndarray:
+        """The output head as float32 [vocab, hidden]: the embedding, or its copy in 8 bits."""
+        codes = f"{EMBEDDING}.{HEAD_WEIGHT}.codes"
+        if codes not in self._initializers:
+            return self.embedding()
+        scales = self.array(f"{EMBEDDING}.{HEAD_WEIGHT}.columns")
+        q = Columns8(np.asarray(self.array(codes)), np.asarray(scales))
+        return np.ascontiguousarray(dequantize_columns(q).T)
+
+    def _dequantized(self, name: str) -> np.ndarray:
+        bits = self._bits[name]
+        scales = np.asarray(self.array(f"{name}.scales"))
+        rows, blocks = scales.shape
+        codes = unpack_codes(np.asarray(self.array(name)).reshape(rows, blocks, -1), bits)
+        zeros = None
+        if f"{name}.zeros" in self._initializers:
+            packed = np.asarray(self.array(f"{name}.zeros")).reshape(rows, -1)
+            zeros = unpack_zeros(packed, blocks, bits)
+        return dequantize(Blocks(codes, scales, zeros, bits))
+
+    def _check_plain(self, ops: set[str]) -> None:
+        """Refuse what the torch target does not compute."""
+        odd = ops & {"FastGelu", "Add"}
+        names = self._initializers
+        if odd or EMBEDDING not in names or HEAD_WEIGHT in names or "embedding_scale" in names:
+            raise UnsupportedError(
+                f"drafters can be trained for models of the llama kind with a tied embedding only, "
+                f"not for {self.manifest.name}"
+            )
