@@ -16,6 +16,7 @@ from forerun.devices.home import home, model_folder
 from forerun.errors import BundleError, OptionError
 from forerun.export.bundle import require_space
 from forerun.export.catalog import CatalogEntry, Progress, find_entry
+from forerun.export.drafters import install_drafters
 from forerun.export.fetch import WAITING, fetch, require_terms
 from forerun.export.lock import locked, try_locked
 from forerun.export.transfer import space_errors
@@ -24,7 +25,7 @@ from forerun.runtime.manifest import load_manifest
 _PARTIAL = ".partial-"
 _SLACK = 64 << 20
 # Bytes per weight, scales and everything beside the weights included.
-_BYTES_PER_WEIGHT = {"fp32": 4.1, "int8": 1.3, "int4": 1.0, "int4-exact": 1.1}
+_BYTES_PER_WEIGHT = {"fp32": 4.1, "int8": 1.3, "int4": 1.0, "int4-exact": 1.2}
 
 
 def pull(
@@ -63,6 +64,7 @@ def pull(
     variant = entry.default_variant if variant is None else variant
     folder = model_folder(name, variant)
     if not force and _is_installed(folder, capacity):
+        install_drafters(name)
         return folder
     require_terms(entry, accept_terms)
     report: Progress = progress or (lambda stage, done, total: None)
@@ -75,6 +77,7 @@ def pull(
             if force or not _is_installed(folder, capacity):
                 _install(entry, variant, folder, accept_terms, report, capacity)
                 _measure_threads(folder, report)
+            install_drafters(name)
     return folder
 
 
