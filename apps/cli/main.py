@@ -10,6 +10,7 @@ import typer
 
 from forerun.apps.cli import (
     bench,
+    bench_draft,
     chat,
     devices,
     evaluate,
@@ -17,6 +18,7 @@ from forerun.apps.cli import (
     generate,
     pull,
     quantize,
+    train_drafter,
 )
 from forerun.apps.cli.output import emit
 from forerun.apps.cli.report import guarded
@@ -40,9 +42,11 @@ COMMANDS = {
     "quantize": (quantize.quantize, quantize.HELP),
     "evaluate": (evaluate.evaluate, evaluate.HELP),
     "devices": (devices.devices, devices.HELP),
+    "train-drafter": (train_drafter.train_drafter, train_drafter.HELP),
 }
 BENCHES = {
     "text": (bench.bench_text, bench.TEXT_HELP),
+    "draft": (bench_draft.bench_draft, bench_draft.HELP),
     "quality": (bench.bench_quality, bench.QUALITY_HELP),
     "profile": (bench.bench_profile, bench.PROFILE_HELP),
 }
