@@ -14,6 +14,8 @@ BENCH_VENV := .venv-bench
 MODEL := smollm2-135m
 PROMPT := Why is the sky blue? Answer in two sentences.
 BENCH_JSON := bench-text.json
+DRAFT_JSON := bench-draft.json
+SWIFTSHADER := build/swiftshader/libvulkan.so.1
 # A second pip's notice and its progress bars would drown what the targets print.
 PIP := -m pip --disable-pip-version-check install --quiet
 
@@ -22,10 +24,12 @@ PIP := -m pip --disable-pip-version-check install --quiet
 .PHONY: demo test lint bench oracle models clean
 
 demo: $(VENV)/run.stamp
-	$(VENV)/bin/forerun pull $(MODEL)
-	$(VENV)/bin/forerun generate "$(PROMPT)" --max-tokens 120 --stats
+	$(VENV)/bin/forerun pull $(MODEL):int4-exact
+	$(VENV)/bin/forerun generate "$(PROMPT)" --model $(MODEL):int4-exact --max-tokens 120 --stats
 
+# Without a GPU, WebGPU runs in software; where that cannot be had, its tests are left out.
 test: $(VENV)/dev.stamp models
+	-test -e $(SWIFTSHADER) || bash tests/swiftshader.sh $(dir $(SWIFTSHADER))
 	$(VENV)/bin/python -m pytest -m "not oracle"
 
 # Type checkers do not see through an editable install whose package is the repository itself, so
@@ -39,15 +43,18 @@ lint: $(VENV)/dev.stamp
 
 bench: $(BENCH_VENV)/stamp
 	$(BENCH_VENV)/bin/forerun pull $(MODEL)
+	$(BENCH_VENV)/bin/forerun pull $(MODEL):int4-exact
 	$(BENCH_VENV)/bin/forerun bench text --peers --json $(BENCH_JSON)
+	$(BENCH_VENV)/bin/forerun bench draft --model $(MODEL):int4-exact --peers --limit 4 --json $(DRAFT_JSON)
 
 oracle: $(ORACLE_VENV)/stamp
 	$(ORACLE_VENV)/bin/forerun pull $(MODEL) --variant fp32
 	$(ORACLE_VENV)/bin/python -m pytest -m oracle tests/oracle
 
 models: $(VENV)/run.stamp
-	$(VENV)/bin/forerun pull $(MODEL)
 	$(VENV)/bin/forerun pull $(MODEL) --variant fp32
+	$(VENV)/bin/forerun pull $(MODEL)
+	$(VENV)/bin/forerun pull $(MODEL):int4-exact
 
 clean:
 	rm -rf $(VENV) $(ORACLE_VENV) $(BENCH_VENV) build *.egg-info
@@ -59,7 +66,7 @@ $(VENV)/run.stamp: pyproject.toml
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/run.stamp
-	$(VENV)/bin/python $(PIP) -e ".[dev]"
+	$(VENV)/bin/python $(PIP) -e ".[dev,webgpu,qnn]" || $(VENV)/bin/python $(PIP) -e ".[dev]"
 	touch $@
 
 $(ORACLE_VENV)/stamp: pyproject.toml tests/oracle/requirements.txt

@@ -58,7 +58,7 @@ def calibrate_scales(
     for caches in read_caches(model, manifest, bundle, pieces, progress):
         for role, rows in caches.items():
             size = _pair_length(rows) if role.startswith("key.") else np.abs(rows)
-            top = size.max(axis=1, keepdims=True)
+            top: np.ndarray = size.max(axis=1, keepdims=True)
             largest[role] = np.maximum(largest.get(role, top), top)
     return {role: (np.maximum(v, 1e-6) / _LEVELS)[None] for role, v in largest.items()}
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING
 
 from forerun.devices.plugins import missing
 from forerun.devices.providers import PROVIDERS, find_provider
-from forerun.devices.remember import Remembered
 from forerun.errors import DeviceError, OptionError
-from forerun.runtime.drafting.costs import costs_key
 from forerun.runtime.fallback import FallbackRunner
 from forerun.runtime.runner import Runner
 
@@ -67,34 +64,6 @@ def open_runner(
         return open_on(_CPU)
 
 
-def open_on(
-    device: str | None,
-    manifest: Manifest,
-    folder: Path,
-    *,
-    threads: int | None = None,
-    spin: bool = True,
-    allow_fallback: bool = False,
-    on_fallback: Callable[[str], None] | None = None,
-) -> Runner | StaticRunner | FallbackRunner:
-    """`open_runner` for what `--device` said: None takes the fastest device that is here.
-
-    With one device there is nothing to choose. Otherwise a step of one row is timed on each, once
-    per machine. On the CPU `allow_fallback` asks for nothing.
-    """
-    chosen = device or fastest_device(manifest, folder, threads, spin)
-    allow = allow_fallback and (device is not None or chosen != _CPU)
-    return open_runner(
-        manifest,
-        folder,
-        device=chosen,
-        threads=threads,
-        spin=spin,
-        allow_fallback=allow,
-        on_fallback=on_fallback,
-    )
-
-
 def devices_for(manifest: Manifest) -> list[str]:
     """Tested devices that are here and for which a bundle has a form of its graph."""
     return [
@@ -102,45 +71,6 @@ def devices_for(manifest: Manifest) -> list[str]:
         for row in PROVIDERS.values()
         if row.tested and row.form in manifest.lowerings and not missing(row)
     ]
-
-
-def fastest_device(
-    manifest: Manifest, folder: Path, threads: int | None = None, spin: bool = True
-) -> str:
-    """The device of `devices_for` on which a decoding step takes least time; timed once.
-
-    Args:
-        manifest: of the bundle.
-        folder: of the bundle.
-        threads: of the sessions; None takes one per core, up to eight.
-        spin: let waiting threads spin.
-    """
-    here = devices_for(manifest)
-    if here == [_CPU]:
-        return _CPU
-    kept = Remembered("devices")
-    times: dict[str, float] = {}
-    for device in here:
-        key = costs_key(manifest, device, threads or 0)
-        known = kept.read(key)
-        if not isinstance(known, float) or known <= 0:
-            known = _step_seconds(_open(manifest, folder, threads, spin, device))
-            kept.write(key, known)
-        times[device] = known
-    return min(times, key=lambda name: times[name])
-
-
-def _step_seconds(runner: Runner | StaticRunner) -> float:
-    """Seconds of a step of one row, the least of three after one that warms up."""
-    try:
-        taken = []
-        for _ in range(4):
-            started = time.perf_counter()
-            runner.step([0])
-            taken.append(time.perf_counter() - started)
-        return min(taken[1:])
-    finally:
-        runner.close()
 
 
 def _open(

@@ -180,7 +180,8 @@ class Runner:
         if not past:
             # ONNX Runtime takes the rows of a first prompt to stand one behind the other.
             raise OptionError(
-                "a tree needs history before it, and the KV cache is empty; run its first row as a chain"
+                "a tree needs history before it, and the KV cache is empty; "
+                "run its first row as a chain"
             )
         if self._tree is None:
             self._tree = self._open(_TREE.format(self._lowering))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from forerun.devices.home import find_bundle
 from forerun.devices.providers import find_provider
-from forerun.devices.request import parse_devices
+from forerun.devices.request import DeviceRequest, parse_devices
 from forerun.errors import BundleError, OptionError, UnsupportedError
 from forerun.runtime.chat import Chat
 from forerun.runtime.drafting.choice import (
     DEFAULT_DRAFTER,
+    NO_DRAFTER,
     AnyDrafter,
     Drafters,
+    default_drafter,
     measured_means,
     named_drafters,
     trees_allowed,
@@ -34,6 +36,7 @@ from forerun.runtime.types import Event, SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
 MAX_THREADS = 1024
+_SERIAL = "serial"
 
 
 def load(
@@ -44,11 +47,12 @@ def load(
     spin: bool = True,
     drafter: AnyDrafter = DEFAULT_DRAFTER,
     policy: str = "measured",
-    schedule: str = "serial",
+    schedule: str | None = None,
     trees: bool | None = None,
     device: str = "cpu",
     allow_fallback: bool = False,
     on_fallback: Callable[[str], None] | None = None,
+    on_placement: Callable[[str], None] | None = None,
 ) -> Text:
     """Load a text model from its bundle.
 
@@ -59,12 +63,13 @@ def load(
         spin: let waiting threads spin; False when another model runs at the same time.
         drafter: what generations draft with unless they say otherwise, see `Session.generate`.
         policy: how much to draft, one of `policy.POLICIES`, by step costs measured once.
-        schedule: one of `schedules.SCHEDULES`.
+        schedule: one of `schedules.SCHEDULES`; None takes serial, or what ``auto`` chose.
         trees: whether drafts may be trees; None allows them where they cannot change the text.
-        device: where the model runs, or ``target=webgpu,draft=cpu``, or ``auto``, which takes the
-            fastest by measurement; `forerun devices` lists them.
+        device: where the model runs, or ``target=webgpu,draft=cpu``, or ``auto``, which measures
+            and chooses threads, drafter and schedule too, where those are not given.
         allow_fallback: go on on the CPU if that device cannot be opened, or fails later.
         on_fallback: told when that happens, and why; None gives a `RuntimeWarning`.
+        on_placement: told in two lines what ``auto`` chose, and why.
 
     Raises:
         UnknownModelError: there is no such model on this machine.
@@ -84,14 +89,13 @@ def load(
     drafting = _Drafting(drafter, policy, schedule, trees, devices.draft or "cpu")
     name = os.fspath(model)
     bundle = _read_bundle(find_bundle(name if variant is None else f"{name}:{variant}"))
-    # Imported here: onnxruntime takes long to import, and wrong input should be told before.
-    from forerun.runtime.open import open_on
-    from forerun.runtime.probe import best_threads
-
-    how: dict[str, Any] = {"threads": threads or best_threads(bundle.manifest), "spin": spin}
-    how |= {"allow_fallback": allow_fallback, "on_fallback": on_fallback}
-    runner = open_on(devices.target, bundle.manifest, bundle.folder, **how)
-    return _with_drafters(runner, bundle, drafting)
+    if devices.target is None:
+        target, threads, drafting = _placed(bundle, devices, drafting, threads, on_placement)
+        allow_fallback = allow_fallback and target != "cpu"
+    else:
+        target = devices.target
+    fallback = {"allow_fallback": allow_fallback, "on_fallback": on_fallback}
+    return _with_drafters(_opened(bundle, target, threads, spin=spin, **fallback), bundle, drafting)
 
 
 @dataclass(frozen=True)
@@ -119,23 +123,70 @@ class _Drafting:
 
     drafter: AnyDrafter
     policy: str
-    schedule: str
+    schedule: str | None
     trees: bool | None
     device: str
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_name("policy", self.policy.partition(":")[0], POLICIES)
-        check_name("schedule", self.schedule, SCHEDULES)
+        check_name("schedule", self.schedule or _SERIAL, SCHEDULES)
+
+
+def _placed(
+    bundle: _Bundle,
+    devices: DeviceRequest,
+    how: _Drafting,
+    threads: int | None,
+    tell: Callable[[str], None] | None,
+) -> tuple[str, int, _Drafting]:
+    """Device and threads of the target, and how to draft, where the caller left it open."""
+    from forerun.runtime.drafting.survey import place
+
+    is_open = how.drafter == DEFAULT_DRAFTER
+    name = default_drafter(bundle.manifest) if is_open else how.drafter
+    found = place(
+        bundle.manifest,
+        bundle.folder,
+        devices,
+        # Of a drafter that is no name nothing is known.
+        name if isinstance(name, str) else NO_DRAFTER,
+        threads,
+        is_chosen=not is_open,
+        schedule=how.schedule,
+    )
+    if tell is not None:
+        tell(found.reason)
+    chosen = replace(
+        how,
+        drafter=found.drafter if is_open else how.drafter,
+        schedule=how.schedule or (found.schedule if found.schedule in SCHEDULES else _SERIAL),
+        device=found.draft or how.device,
+        threads=found.draft_threads or None,
+    )
+    return found.target, found.threads, chosen
+
+
+def _opened(bundle: _Bundle, device: str, threads: int | None, **how: Any) -> Any:
+    # Imported here: onnxruntime takes long to import, and wrong input should be told before.
+    from forerun.runtime.open import open_runner
+    from forerun.runtime.probe import best_threads
+
+    how["threads"] = threads or best_threads(bundle.manifest)
+    return open_runner(bundle.manifest, bundle.folder, device=device, **how)
 
 
 def _with_drafters(runner: Any, bundle: _Bundle, how: _Drafting) -> Text:
     manifest, cache = bundle.manifest, PrefixCache(runner)
     lowering = find_provider(runner.device).form
+    chosen = how.drafter
+    if chosen == DEFAULT_DRAFTER:
+        chosen = default_drafter(manifest, runner.device)
     drafters = Drafters(
         manifest,
-        named_drafters(manifest, bundle.folder, runner.threads, how.device),
-        default=how.drafter,
-        schedule=how.schedule,
+        named_drafters(manifest, bundle.folder, how.threads or runner.threads, how.device),
+        default=chosen,
+        schedule=how.schedule or _SERIAL,
         trees=trees_allowed(manifest, lowering) if how.trees is None else how.trees,
         device=how.device,
         means=lambda: measured_means(cache, runner.device, runner.threads, how.policy),

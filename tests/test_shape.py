@@ -27,7 +27,8 @@ _CHECKING = tuple(
     for name in ("manifest", "strict", "runner", "static_runner", "arena", "types", "probe")
 )
 _WRITING = tuple(
-    f"forerun.export.{name}" for name in ("bundle", "card", "graph", "npu", "tree", "webgpu", "writer")
+    f"forerun.export.{name}"
+    for name in ("bundle", "card", "graph", "npu", "tree", "webgpu", "writer")
 )
 # Training data are answers of the model, so the tokenizer and the chat template are needed too.
 _SPEAKING = tuple(f"forerun.runtime.{name}" for name in ("tokenizer", "template"))

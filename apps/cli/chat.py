@@ -14,7 +14,7 @@ from forerun.apps.cli.answers import collect, stats_line
 from forerun.apps.cli.interrupt import cancel_on_interrupt
 from forerun.apps.cli.output import emit, emit_answer, to_json
 from forerun.apps.cli.progress import reporter
-from forerun.apps.cli.report import note
+from forerun.apps.cli.report import note, note_lines
 from forerun.errors import ForerunError, OptionError
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ def chat(
     policy, stops = options.context_policy(context), options.stop_texts(stop)
     from forerun.runtime.text import load
 
-    where = {"device": device, "allow_fallback": allow_fallback, "on_fallback": note}
-    with reporter(_QUIET_S) as show, load(model, threads=threads, drafter=drafter, **where) as text:
+    where: dict[str, Any] = {"device": device, "allow_fallback": allow_fallback}
+    where |= {"drafter": drafter, "on_fallback": note, "on_placement": note_lines}
+    with reporter(_QUIET_S) as show, load(model, threads=threads, **where) as text:
         show.close()
         params = options.sampling_params(sampling, (), seed, text.manifest.generation)
         how = {"sampling": params, "max_tokens": max_tokens, "stop": stops, "context": policy}

@@ -13,7 +13,7 @@ from forerun.apps.cli.answers import Answer, answer_json, collect, stats_line
 from forerun.apps.cli.interrupt import cancel_on_interrupt
 from forerun.apps.cli.output import emit, emit_answer, emit_json
 from forerun.apps.cli.progress import Reporter, reporter
-from forerun.apps.cli.report import Interrupted, note
+from forerun.apps.cli.report import Interrupted, note, note_lines
 from forerun.errors import OptionError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class Request:
             "device": self.device,
             "allow_fallback": self.allow_fallback,
             "on_fallback": note,
+            "on_placement": note_lines,
         }
 
 

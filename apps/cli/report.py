@@ -35,6 +35,12 @@ def note(text: str) -> None:
     sys.stderr.flush()
 
 
+def note_lines(text: str) -> None:
+    """`note` for each line of a text."""
+    for line in text.splitlines():
+        note(line)
+
+
 def one_line(text: str) -> str:
     """Return the text with all white space runs, line ends included, made single spaces."""
     return " ".join(str(text).split())

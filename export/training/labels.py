@@ -28,12 +28,12 @@ def label_loss(
     """
     ids = torch.from_numpy(batch.label_ids)[places]
     weights = torch.from_numpy(batch.label_weights)[places]
-    if scale is None:
-        scale = torch.ones(len(ids))
-    labelled = weights.sum(-1) > 0
+    scale = torch.ones(len(ids)) if scale is None else scale
+    labelled = torch.gt(weights.sum(-1), 0)
     count = (labelled & (scale == 1)).sum().clamp(min=1)
-    keep = (labelled & (scale > 0)).nonzero()[:, 0]
-    weights = weights[keep] * (scale[keep] / count)[:, None]
+    keep = (labelled & torch.gt(scale, 0)).nonzero()[:, 0]
+    counts = torch.index_select(scale, 0, keep) / count
+    weights = weights[keep] * counts[:, None]
     return _HeadLoss.apply(states[keep], head, ids[keep], weights)
 
 

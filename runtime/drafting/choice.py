@@ -157,9 +157,14 @@ def trees_allowed(manifest: Manifest, lowering: str = "cpu") -> bool:
     return f"{lowering}-tree" in manifest.lowerings and not is_exact
 
 
-def default_drafter(manifest: Manifest) -> str:
-    """``auto`` where drafting cannot change a bit of the text, else ``none``."""
-    return "auto" if manifest.row_exact else NO_DRAFTER
+def default_drafter(manifest: Manifest, device: str = "cpu") -> str:
+    """``auto`` where drafting cannot change a bit of the text, else ``none``.
+
+    Args:
+        manifest: of the model; what it promises about rows holds for the CPU only.
+        device: where the model runs.
+    """
+    return "auto" if manifest.row_exact and device == "cpu" else NO_DRAFTER
 
 
 def named_drafters(

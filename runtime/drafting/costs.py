@@ -27,6 +27,8 @@ DEPTHS = (64, 512)
 DEEP = (64, 512, 1900)
 _REPEATS, _MOST_REPEATS = 3, 7
 _ALIKE = 1.15
+# A remembered table is taken for true if a step is timed within this factor of it, in this time.
+_DRIFT, _CHECK_S = 1.6, 0.05
 _BUDGET_S = 2.0
 _ROUND_S = 1e-4
 
@@ -254,11 +256,29 @@ def target_costs(
     """
     key = costs_key(runner.manifest, device, threads or getattr(runner, "threads", 0))
     known = None if fresh else remembered_costs(key)
+    if known is not None and not runner.arena.length and not _still_true(runner, known):
+        known = None
     if known is None or not reaches(known, depths, runner.arena.capacity):
         budget = _BUDGET_S if depths == DEPTHS else math.inf
         known = measure_costs(runner, depths, progress=progress, budget=budget)
         remember_costs(key, known)
     return known
+
+
+def _still_true(runner: Measurable, known: StepCosts) -> bool:
+    """Whether single-row steps take about as long as remembered.
+
+    A table that was measured while the machine was busy would mislead every later run.
+    """
+    depth, best = known.depths[0], math.inf
+    try:
+        _fill(runner.arena, depth)
+        deadline = time.perf_counter() + _CHECK_S
+        while best == math.inf or time.perf_counter() < deadline:
+            best = min(best, _timed(runner, 1, depth))
+    finally:
+        runner.arena.rewind(0)
+    return 1 / _DRIFT < best / known.step(1, depth) < _DRIFT
 
 
 def _passes(

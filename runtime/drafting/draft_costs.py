@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forerun.devices.remember import Remembered
-from forerun.errors import BundleError
+from forerun.errors import BundleError, DeviceError
 from forerun.runtime.drafting.ahead import AheadDrafter
 from forerun.runtime.drafting.drafter import Outcome
 from forerun.runtime.drafting.folder import DRAFTER_NAME
@@ -52,15 +53,26 @@ class DraftCosts:
         return self.call_seconds + tokens * self.step_seconds
 
 
-def measure_drafter(drafter: Drafter, target: Manifest, device: str = "cpu") -> DraftCosts:
+def measure_drafter(
+    drafter: Drafter, target: Manifest, device: str = "cpu", limit: float = math.inf
+) -> DraftCosts:
     """Time proposals of one and of five tokens; the drafter forgets the text afterwards.
 
     Args:
         drafter: any, that nothing else uses meanwhile.
         target: manifest of the model it drafts for.
         device: where it runs.
+        limit: seconds of a proposal of one token; if it takes longer, no more is measured.
+
+    Raises:
+        DeviceError: it takes longer.
     """
     clock = _Rounds(drafter, target)
+    if limit < math.inf:
+        clock.round(_FEW)
+        seconds, _ = clock.round(_FEW)
+        if seconds > limit:
+            raise DeviceError(f"the drafter {drafter.name} takes {seconds:.2g} s on {device}")
     times: dict[int, list[tuple[float, int]]] = {_FEW: [], _MANY: []}
     for number in range(_ROUNDS + 1):
         for budget, found in times.items():

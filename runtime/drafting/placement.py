@@ -12,7 +12,8 @@ from forerun.runtime.drafting import formulas
 from forerun.runtime.drafting.costs import StepCosts
 
 PLAIN = "plain"
-_MOST = 16
+# Drafted tokens of a round, at most.
+MOST_TOKENS = 16
 _MOST_BRANCHES = 4
 _MARGIN = 1.03
 _DEPTH = 512
@@ -171,6 +172,9 @@ def choose_placement(
     kappa: float = 0.0,
     depth: int = _DEPTH,
     cores: int | None = None,
+    *,
+    is_chosen: bool = False,
+    schedule: str | None = None,
 ) -> Placement:
     """The fastest way to run, by the formulas for the expected time of a token.
 
@@ -182,6 +186,8 @@ def choose_placement(
         depth: cached tokens to choose for.
         cores: for both on the CPU at the same time, which need threads of their own; None takes
             those of this process.
+        is_chosen: one of these drafters will be used even if plain decoding is faster.
+        schedule: the only one to consider; None for all.
 
     Raises:
         DeviceError: there is no device for the target.
@@ -190,10 +196,13 @@ def choose_placement(
     if not targets:
         raise DeviceError("no device here can run this model; `forerun devices` lists what is here")
     found = [p for target in targets for p in _options(target, drafters, kappa, depth, cores)]
-    best = min(found, key=lambda p: p.seconds_per_token)
+    if schedule is not None:
+        found = [p for p in found if p.schedule in (PLAIN, schedule)]
+    allowed = [p for p in found if p.draft is not None] if is_chosen else found
+    best = min(allowed or found, key=lambda p: p.seconds_per_token)
     # What is simpler wins unless the other is clearly faster: plain, then serial.
     for simpler in (PLAIN, "serial"):
-        rivals = [p for p in found if p.schedule == simpler]
+        rivals = [p for p in allowed if p.schedule == simpler]
         rival = min(rivals, key=lambda p: p.seconds_per_token, default=best)
         if rival.seconds_per_token <= _MARGIN * best.seconds_per_token:
             best = rival
@@ -212,7 +221,7 @@ def _options(
         for schedule, estimate in ESTIMATES.items():
             if schedule != "serial" and not _may_overlap(target, drafter, cores):
                 continue
-            speed, tokens = max((estimate(case, n), n) for n in range(1, _MOST + 1))
+            speed, tokens = max((estimate(case, n), n) for n in range(1, MOST_TOKENS + 1))
             if speed > 0:
                 yield Placement(
                     target.device,
@@ -239,7 +248,8 @@ def _may_overlap(target: TargetPlace, drafter: DrafterPlace, cores: int) -> bool
 def _explained(best: Placement, found: Sequence[Placement]) -> Placement:
     rate = 1 / best.seconds_per_token
     plain = min(p.seconds_per_token for p in found if p.schedule == PLAIN)
-    where = f"target on {best.target} ({best.threads} threads)"
+    threads = f"{best.threads} thread{'s' if best.threads > 1 else ''}"
+    where = f"target on {best.target} ({threads})"
     if best.draft is None:
         first = f"{where}, no drafter: {rate:.1f} tokens/s"
     else:
@@ -252,7 +262,9 @@ def _explained(best: Placement, found: Sequence[Placement]) -> Placement:
     if not others:
         return dataclasses.replace(best, reason=f"{first}\nnothing else can run here")
     rival = min(others, key=lambda p: p.seconds_per_token)
-    second = f"next best: {_told(rival)} at {1 / rival.seconds_per_token:.1f} tokens/s"
+    is_faster = rival.seconds_per_token * _MARGIN < best.seconds_per_token
+    word = "faster would be" if is_faster else "next best"
+    second = f"{word}: {_told(rival)} at {1 / rival.seconds_per_token:.1f} tokens/s"
     return dataclasses.replace(best, reason=f"{first}\n{second}")
 
 

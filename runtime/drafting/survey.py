@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forerun.devices.bandwidth import contention, read_bandwidth
@@ -17,7 +20,9 @@ from forerun.runtime.drafting.costs import (
     Progress,
     StepCosts,
     costs_key,
+    measure_costs,
     reaches,
+    remember_costs,
     remembered_costs,
     target_costs,
 )
@@ -28,8 +33,9 @@ from forerun.runtime.drafting.draft_costs import (
     remember_draft_costs,
     remembered_draft_costs,
 )
-from forerun.runtime.drafting.folder import load_info
+from forerun.runtime.drafting.folder import folder_kind, load_info
 from forerun.runtime.drafting.placement import (
+    MOST_TOKENS,
     DrafterPlace,
     Placement,
     TargetPlace,
@@ -38,8 +44,6 @@ from forerun.runtime.drafting.placement import (
 from forerun.runtime.drafting.registry import DRAFTERS, DrafterContext
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from forerun.devices.request import DeviceRequest
     from forerun.runtime.manifest import Manifest
 
@@ -47,6 +51,19 @@ _CPU = "cpu"
 # Drafters that are made of others cost and accept what those do.
 _SINGLE = ("ngram", "recycle", "head", "model")
 _GRAPHS = ("head", "model")
+# Of the drafters, these run on other devices than the CPU too.
+_ANYWHERE = ("model", "model+ngram")
+# A device other than the CPU whose step takes longer than this is left out.
+_SLOW_S = 1.0
+# From here on it is measured with fewer rows: a driver in software compiles each for seconds.
+_SLOWISH_S, _FEW_ROWS = 0.1, (1, 2, 4, 8)
+
+
+class TooSlowError(DeviceError):
+    """A step takes so long on a device that there is no point in measuring more."""
+
+    def __init__(self, device: str, seconds: float) -> None:
+        super().__init__(f"{device} is out, a step takes {seconds:.2g} s")
 
 
 @dataclass(frozen=True)
@@ -109,31 +126,53 @@ def measured_target(
     progress: Progress | None = None,
     depths: tuple[int, ...] = DEPTHS,
     fresh: bool = False,
+    limit: float = math.inf,
 ) -> StepCosts:
     """Costs of a model's steps; it is opened only if they are not remembered.
 
+    With a `limit` one step is timed first. What it took is remembered too if it was too long.
+
     Raises:
+        TooSlowError: a step of one row takes longer than `limit` seconds.
         BundleError: the bundle has no form for the device.
         DeviceError: the device is not here, or cannot run the graph.
     """
     known = None if fresh else remembered_costs(costs_key(manifest, device, threads))
     if known is not None and reaches(known, depths, manifest.kv.capacity):
         return known
+    key, slow = costs_key(manifest, device, threads), Remembered("slow")
+    seconds: Any = None if fresh else slow.read(key)
+    if _is_rate(seconds) and seconds > limit:
+        raise TooSlowError(device, seconds)
     from forerun.runtime.open import open_runner
 
     runner: Any = open_runner(manifest, folder, device=device, threads=threads)
     try:
+        if limit < math.inf:
+            seconds = _step_seconds(runner)
+            if seconds > limit:
+                slow.write(key, seconds)
+                raise TooSlowError(device, seconds)
+            if seconds > _SLOWISH_S:
+                known = measure_costs(runner, depths[:1], _FEW_ROWS, progress)
+                remember_costs(key, known)
+                return known
         return target_costs(runner, device, threads, progress, depths, fresh)
     finally:
         runner.close()
 
 
 def measured_drafters(
-    context: DrafterContext, target_key: str, progress: Progress | None = None, fresh: bool = False
+    context: DrafterContext,
+    target_key: str,
+    progress: Progress | None = None,
+    fresh: bool = False,
+    limit: float = math.inf,
 ) -> list[DraftCosts]:
     """Costs of every single drafter that is here for a target, on the context's device.
 
-    Drafters without a model are measured on the CPU only.
+    Drafters without a model are measured on the CPU only. Of one that needs longer than `limit`
+    seconds for a token, that is all that is measured.
     """
     found: list[DraftCosts] = []
     names = [name for name in _SINGLE if _fits(name, context)]
@@ -145,7 +184,7 @@ def measured_drafters(
         if costs is None:
             drafter = row.make(context)
             try:
-                costs = measure_drafter(drafter, context.target_manifest, context.device)
+                costs = measure_drafter(drafter, context.target_manifest, context.device, limit)
             finally:
                 drafter.close()
             remember_draft_costs(key, costs)
@@ -162,31 +201,53 @@ def place(
     drafter: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    *,
+    is_chosen: bool = False,
+    schedule: str | None = None,
 ) -> Placement:
     """Choose where target and drafter run, from measurements.
 
-    What is not remembered is measured, which takes a few seconds per device.
+    What is not remembered is measured, which takes a few seconds per device. Devices on which a
+    step takes so long that they cannot win are left out at once, which the reason tells.
 
     Args:
         manifest: of the target.
         folder: of its bundle.
         request: which devices are allowed; None in it means any.
-        drafter: name of the only drafter to consider, ``auto`` for all, ``none`` for none.
-        threads: of the target on the CPU; None takes the default.
+        drafter: name or folder of the only drafter to consider, ``auto`` for all, ``none`` for
+            none.
+        threads: of the target on the CPU; None takes what was measured to be best, and on the CPU
+            perhaps one less, so that a drafter has one of its own.
         progress: as in `measure_costs`.
+        is_chosen: the drafter will be used whatever is measured, and ``auto`` is the one of that
+            name.
+        schedule: the only one to consider; None for all.
 
     Raises:
         DeviceError: the target can run on none of the allowed devices.
         BundleError: the bundle has no form for the one device that was asked for.
     """
-    count = threads or default_threads()
-    drafters = list(_draft_places(manifest, folder, request, drafter, count, progress))
-    splits = {count}
-    if count > 1 and any(d.runs_ahead and d.device == _CPU for d in drafters):
-        splits.add(count - 1)
-    targets = list(_target_places(manifest, folder, request, sorted(splits), progress))
-    kappa = measured_bandwidth().kappa if drafters else 0.0
-    return choose_placement(targets, drafters, kappa, cores=usable_cores())
+    from forerun.runtime.probe import best_threads
+
+    count = threads or best_threads(manifest) or default_threads()
+    out: dict[str, str] = {}
+    targets = list(_target_places(manifest, folder, request, count, progress, out))
+    found = _draft_places(manifest, folder, request, drafter, count, progress, out, is_chosen)
+    drafters = list(found)
+    on_cpu = any(t.device == _CPU for t in targets)
+    shared = on_cpu and any(d.runs_ahead and d.device == _CPU for d in drafters)
+    if threads is None and count > 1 and shared:
+        fewer = measured_target(manifest, folder, _CPU, count - 1, progress)
+        targets.append(TargetPlace(_CPU, count - 1, fewer))
+    chosen = choose_placement(
+        targets,
+        drafters,
+        measured_bandwidth().kappa if drafters else 0.0,
+        cores=usable_cores(),
+        is_chosen=is_chosen,
+        schedule=schedule,
+    )
+    return dataclasses.replace(chosen, reason="; ".join([chosen.reason, *out.values()]))
 
 
 def acceptance_of(name: str, context: DrafterContext) -> Habit:
@@ -204,18 +265,27 @@ def _target_places(
     manifest: Manifest,
     folder: Path,
     request: DeviceRequest,
-    splits: list[int],
+    threads: int,
     progress: Progress | None,
+    out: dict[str, str],
 ) -> Iterator[TargetPlace]:
+    """The target where it can run; devices that cannot win are noted in `out`."""
+    limit = _SLOW_S
     for device in _allowed(request.target, manifest):
-        for threads in splits if device == _CPU else splits[-1:]:
-            try:
-                costs = measured_target(manifest, folder, device, threads, progress)
-            except DeviceError:
-                if request.target is not None:
-                    raise
-                continue
-            yield TargetPlace(device, threads, costs)
+        bound = math.inf if device == _CPU or request.target is not None else limit
+        try:
+            costs = measured_target(manifest, folder, device, threads, progress, limit=bound)
+        except TooSlowError as error:
+            out[device] = str(error)
+            continue
+        except DeviceError:
+            if request.target is not None:
+                raise
+            out[device] = f"{device} is out, it cannot run the model"
+            continue
+        # A round gives so many tokens at most: nobody is faster by more than that.
+        limit = min(limit, (MOST_TOKENS + 1) * costs.seconds[0][0])
+        yield TargetPlace(device, threads, costs)
 
 
 def _draft_places(
@@ -225,21 +295,37 @@ def _draft_places(
     drafter: str,
     threads: int,
     progress: Progress | None,
+    out: dict[str, str],
+    is_chosen: bool,
 ) -> Iterator[DrafterPlace]:
     if drafter == "none":
         return
-    wanted = _SINGLE if drafter == "auto" else tuple(drafter.split("+"))
+    own = None if drafter in DRAFTERS else Path(drafter).expanduser()
+    kind = folder_kind(own) if own else None
+    wanted = _SINGLE if drafter == "auto" else (kind,) if kind else tuple(drafter.split("+"))
+    anywhere = kind == "model" or drafter in _ANYWHERE or not is_chosen
     for device in _allowed(request.draft, manifest):
-        context = DrafterContext(manifest, folder, threads=1, device=device)
+        if (device in out and request.draft is None) or not (device == _CPU or anywhere):
+            continue
+        context = DrafterContext(manifest, folder, own, threads=1, device=device)
+        limit = math.inf if device == _CPU or request.draft is not None else _SLOW_S
+        key = costs_key(manifest, _CPU, threads)
         try:
-            measured = measured_drafters(context, costs_key(manifest, _CPU, threads), progress)
+            measured = measured_drafters(context, key, progress, limit=limit)
         except (DeviceError, BundleError):
             if request.draft is not None:
                 raise
             continue
         for costs in measured:
             if costs.name in wanted:
-                yield _draft_place(costs, acceptance_of(costs.name, context))
+                place = _draft_place(costs, acceptance_of(costs.name, context))
+                is_part = is_chosen and own is None and costs.name != drafter
+                # What is made of several takes turns with the target, and bears its own name.
+                yield _part_of(drafter, place) if is_part else place
+
+
+def _part_of(name: str, place: DrafterPlace) -> DrafterPlace:
+    return dataclasses.replace(place, name=name, runs_ahead=False)
 
 
 def _draft_place(costs: DraftCosts, habit: Habit) -> DrafterPlace:
@@ -269,6 +355,17 @@ def _allowed(device: str | None, manifest: Manifest) -> list[str]:
     from forerun.runtime.open import devices_for
 
     return devices_for(manifest)
+
+
+def _step_seconds(runner: Any) -> float:
+    """Seconds of a step of one row, behind one that warms up."""
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        runner.step([0])
+        seconds = time.perf_counter() - started
+    runner.arena.rewind(0)
+    return seconds
 
 
 def _is_rate(value: Any) -> bool:

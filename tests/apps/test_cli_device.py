@@ -1,12 +1,16 @@
 """`--device` and `--allow-fallback` of generate, chat and batches."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 
 from forerun.devices.plugins import missing
 from forerun.devices.providers import PROVIDERS
 from forerun.runtime import open as opening
+from forerun.runtime.drafting import survey
+from forerun.runtime.drafting.placement import Placement
 
 PLAIN = ("--raw", "--max-tokens", "20")
 # One that is not here, whatever machine runs the tests.
@@ -59,6 +63,85 @@ def test_auto_takes_the_cpu_where_nothing_else_is(forerun, monkeypatch):
     assert json.loads(done.stdout)["stats"]["devices"]["target"] == "cpu"
     refused = forerun(*arguments, "--device", "cpu", "--allow-fallback")
     assert refused.returncode == 2 and "another device than the cpu" in refused.stderr
+
+
+CHOICE = Placement("cpu", "ngram", "cpu", "serial", 1, 0, 4, 0.01, 1.5, "one line\nthe other")
+NOTHING = dataclasses.replace(CHOICE, drafter="none", draft=None, schedule="plain")
+
+
+@pytest.fixture
+def placed(monkeypatch):
+    """What was asked of `place`, which gives what is put in `answer`."""
+
+    def place(manifest, folder, request, drafter, threads, **how):
+        place.asked = {"request": request, "drafter": drafter, "threads": threads, **how}
+        return place.answer
+
+    place.answer, place.asked = CHOICE, None
+    monkeypatch.setattr(survey, "place", place)
+    return place
+
+
+def with_auto(forerun, *options, device="auto"):
+    arguments = ("generate", "xyz", "--model", forerun.model, *PLAIN, "--json")
+    done = forerun(*arguments, "--device", device, *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["stats"], done.stderr.splitlines()
+
+
+def test_what_auto_chose_is_used_and_told_in_two_lines(forerun, placed):
+    stats, told = with_auto(forerun)
+    assert told == ["forerun: one line", "forerun: the other"]
+    assert stats["drafter"] == "ngram" and stats["schedule"] == "serial"
+    assert stats["devices"] == {"target": "cpu", "draft": "cpu"}
+    placed.answer = NOTHING
+    stats, _ = with_auto(forerun, "--threads", 2, device="target=auto,draft=cpu")
+    assert stats["drafter"] == "none" and stats["schedule"] == "plain"
+    assert placed.asked["threads"] == 2 and placed.asked["request"].draft == "cpu"
+
+
+def test_a_drafter_that_is_named_wins(forerun, placed):
+    placed.answer = NOTHING
+    stats, told = with_auto(forerun, "--drafter", "recycle")
+    assert stats["drafter"] == "recycle" and len(told) == 2
+    assert placed.asked["drafter"] == "recycle" and placed.asked["is_chosen"]
+    placed.answer = CHOICE
+    stats, _ = with_auto(forerun, "--drafter", "none")
+    assert stats["drafter"] == "none"
+
+
+def test_without_a_wish_drafters_are_up_for_choice_on_row_exact_bundles_only(
+    forerun, placed, tmp_path
+):
+    with_auto(forerun)
+    assert placed.asked["drafter"] == "none" and not placed.asked["is_chosen"]
+    exact = tmp_path / "exact"
+    shutil.copytree(forerun.model, exact)
+    fields = json.loads((exact / "manifest.json").read_text())
+    (exact / "manifest.json").write_text(json.dumps({**fields, "row_exact": True}))
+    forerun.model = str(exact)
+    with_auto(forerun)
+    assert placed.asked["drafter"] == "auto" and not placed.asked["is_chosen"]
+
+
+def test_the_chosen_schedule_and_threads_are_used_unless_one_is_given(forerun, placed):
+    from forerun.runtime.text import load
+
+    told = []
+    placed.answer = dataclasses.replace(CHOICE, schedule="pearl")
+    with load(forerun.model, device="auto", on_placement=told.append) as text:
+        plan = text._drafters.plan()
+        assert plan.schedule == "pearl" and plan.device == "cpu"
+        assert text._runner.threads == CHOICE.threads
+    assert told == [CHOICE.reason] and placed.asked["schedule"] is None
+    with load(forerun.model, device="auto", schedule="duo") as text:
+        assert text._drafters.plan().schedule == "duo"
+    assert placed.asked["schedule"] == "duo"
+
+
+def test_nothing_is_measured_for_a_device_that_is_named(forerun, placed):
+    _, told = with_auto(forerun, device="cpu")
+    assert told == [] and placed.asked is None
 
 
 @pytest.mark.gpu

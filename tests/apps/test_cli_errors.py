@@ -11,7 +11,7 @@ from forerun.errors import DownloadError, ExportMismatch
 
 WRONG = {
     "unknown option": (["generate", "hi", "--colour", "red"], "--colour"),
-    "unknown device option": (["generate", "hi", "--device", "gpu"], "--device"),
+    "unknown device": (["generate", "hi", "--device", "gpu"], "webgpu, qnn"),
     "unknown command": (["generte"], "generte"),
     "unknown bench": (["bench", "poetry"], "poetry"),
     "no number": (["generate", "hi", "--max-tokens", "many"], "many"),

@@ -15,7 +15,7 @@ from forerun.runtime import open as opening
 from forerun.runtime.arena import lazy_zeros
 from forerun.runtime.bound import BoundGraph
 from forerun.runtime.device_arena import DeviceArena
-from forerun.runtime.open import devices_for, fastest_device, open_on, open_runner
+from forerun.runtime.open import devices_for, open_runner
 from forerun.runtime.prefix import PrefixCache
 from forerun.runtime.runner import Runner
 
@@ -250,15 +250,8 @@ def test_static_devices_get_the_static_runner(tmp_path, bundle):
         open_runner(*bundle, device="qnn")
 
 
-def test_auto_takes_the_fastest_and_remembers(bundle, device, monkeypatch, tmp_path):
-    monkeypatch.setenv("FORERUN_HOME", str(tmp_path))
+def test_the_devices_that_are_here_and_that_a_bundle_has_a_form_for(bundle, monkeypatch):
     monkeypatch.setattr(opening, "missing", lambda row: "" if row.name == "cpu" else "not here")
-    assert devices_for(bundle[0]) == ["cpu"] and fastest_device(*bundle) == "cpu"
-    assert not (tmp_path / "cache").exists(), "with one device nothing is measured"
+    assert devices_for(bundle[0]) == ["cpu"]
     monkeypatch.setattr(opening, "missing", lambda row: "")
     assert devices_for(bundle[0]) == ["cpu", "webgpu"]
-    taken = {"cpu": 0.2, "webgpu": 0.1}
-    monkeypatch.setattr(opening, "_step_seconds", lambda runner: taken[runner.device])
-    assert fastest_device(*bundle) == "webgpu"
-    taken["webgpu"] = 0.3
-    assert open_on(None, *bundle).device == "webgpu", "it was measured already"

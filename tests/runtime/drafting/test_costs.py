@@ -234,15 +234,31 @@ def test_the_file_stays_small_and_a_read_only_folder_is_no_error(tmp_path):
     assert Remembered("costs", tmp_path / "file").read("a") is None
 
 
+def _wide(runner):
+    return sum(1 for ran in runner.ran if ran[0] > 1)
+
+
 def test_target_costs_measures_once_and_again_for_deeper_text(tmp_path, monkeypatch):
     monkeypatch.setenv("FORERUN_HOME", str(tmp_path))
     runner = Clock(monkeypatch, lambda *_: 0.001)
     first = target_costs(runner, "cpu", 2)
-    ran = len(runner.ran)
-    assert ran and target_costs(runner, "cpu", 2) == first and len(runner.ran) == ran
+    ran = _wide(runner)
+    assert ran and target_costs(runner, "cpu", 2) == first and _wide(runner) == ran
     deep = target_costs(runner, "cpu", 2, depths=module.DEEP)
-    assert deep.depths == module.DEEP and len(runner.ran) > ran
-    ran = len(runner.ran)
-    assert target_costs(runner, "cpu", 2) == deep and len(runner.ran) == ran
+    assert deep.depths == module.DEEP and _wide(runner) > ran
+    ran = _wide(runner)
+    assert target_costs(runner, "cpu", 2) == deep and _wide(runner) == ran
     target_costs(runner, "cpu", 2, fresh=True)
-    assert len(runner.ran) > ran
+    assert _wide(runner) > ran
+
+
+@pytest.mark.parametrize("now", [0.0001, 0.01])
+def test_costs_that_are_no_longer_true_are_measured_again(now, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORERUN_HOME", str(tmp_path))
+    seconds = [0.001]
+    runner = Clock(monkeypatch, lambda *_: seconds[0])
+    target_costs(runner, "cpu", 2)
+    seconds[0] = now
+    again = target_costs(runner, "cpu", 2)
+    assert again.step(1, 64) == pytest.approx(now, rel=0.2)
+    assert runner.arena.length == 0

@@ -20,6 +20,7 @@ def test_auto_is_the_default_of_row_exact_bundles_only(row_exact):
 
     drafters = Drafters(manifest, open_drafter, default=DEFAULT_DRAFTER)
     assert default_drafter(manifest) == ("auto" if row_exact else "none")
+    assert default_drafter(manifest, "webgpu") == "none"
     if row_exact:
         with pytest.raises(LookupError):
             drafters.plan()

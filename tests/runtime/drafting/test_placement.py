@@ -121,6 +121,19 @@ def test_the_reason_has_two_lines_with_the_choice_and_the_next_best():
     assert "no drafter" in alone.reason and "nothing else" in alone.reason
 
 
+def test_only_one_schedule_and_a_drafter_that_is_chosen():
+    free = {"target": target("webgpu"), "drafter": drafter(0.3, 0.7)}
+    assert best_schedule(**free).schedule == "pearl"
+    for name in ("serial", "optimistic"):
+        assert best_schedule(**free, schedule=name).schedule == name
+    slow = {"target": target(growth=1.0), "drafter": drafter(0.5, 0.3)}
+    assert best_schedule(**slow).schedule == "plain"
+    found = best_schedule(**slow, is_chosen=True)
+    assert found.drafter == "model" and found.speedup < 1
+    assert "faster would be: plain decoding" in found.reason
+    assert choose_placement([target()], [], is_chosen=True).schedule == "plain"
+
+
 def test_no_device_is_an_error():
     with pytest.raises(DeviceError, match="forerun devices"):
         choose_placement([], [drafter(0.1, 0.7)])

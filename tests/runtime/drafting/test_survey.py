@@ -1,12 +1,14 @@
 """Measuring a model with its drafters on this machine, and placing them by that."""
 
 import json
+import math
 import shutil
 
 import pytest
 
 from forerun.devices.request import DeviceRequest
-from forerun.errors import BundleError, OptionError
+from forerun.errors import BundleError, DeviceError, OptionError
+from forerun.runtime import open as opening
 from forerun.runtime.drafting import draft_costs as costing
 from forerun.runtime.drafting import survey
 from forerun.runtime.drafting.costs import StepCosts, costs_key, remember_costs
@@ -20,6 +22,7 @@ from forerun.runtime.drafting.draft_costs import (
 from forerun.runtime.drafting.registry import DrafterContext
 from forerun.runtime.drafting.survey import (
     Bandwidth,
+    TooSlowError,
     acceptance_of,
     measured_bandwidth,
     measured_drafters,
@@ -171,13 +174,14 @@ def test_auto_looks_at_the_devices_that_are_here_and_that_the_bundle_has_forms_f
     manifest, folder = made
     tried = []
 
-    def measured(manifest, folder, device, threads, progress):
+    def measured(manifest, folder, device, threads, progress, limit):
         tried.append(device)
         return StepCosts((1, 16), (64,), ((0.010, 0.011),))
 
     monkeypatch.setattr(survey, "measured_target", measured)
+    monkeypatch.setattr(opening, "missing", lambda row: "")
     found = place(manifest, folder, DeviceRequest(None, None), drafter="none", threads=1)
-    assert found.target == "cpu" and set(tried) <= {"cpu"}
+    assert found.target == "cpu" and tried == ["cpu", "webgpu"]
     with pytest.raises(OptionError):
         place(manifest, folder, DeviceRequest("abacus", "cpu"), threads=1)
 
@@ -185,3 +189,93 @@ def test_auto_looks_at_the_devices_that_are_here_and_that_the_bundle_has_forms_f
 def test_a_device_that_was_asked_for_must_have_a_form(made):
     with pytest.raises(BundleError):
         place(*made, DeviceRequest("qnn", "cpu"), drafter="none", threads=1)
+
+
+TABLE = StepCosts((1, 16), (64,), ((0.010, 0.011),))
+
+
+def limits_of(monkeypatch, devices, slow):
+    """Which limit each device gets, where `slow` ones exceed theirs."""
+    limits = {}
+
+    def measured(manifest, folder, device, threads, progress, limit=math.inf):
+        limits[device] = limit
+        if device in slow:
+            raise TooSlowError(device, 2.5)
+        return TABLE
+
+    monkeypatch.setattr(survey, "measured_target", measured)
+    monkeypatch.setattr("forerun.runtime.open.devices_for", lambda manifest: devices)
+    return limits
+
+
+def test_a_slow_device_is_out_and_the_reason_says_so(made, monkeypatch):
+    limits = limits_of(monkeypatch, ["cpu", "webgpu"], {"webgpu"})
+    drafters = []
+
+    def measured_drafters(context, key, progress, limit):
+        drafters.append(context.device)
+        return []
+
+    monkeypatch.setattr(survey, "measured_drafters", measured_drafters)
+    found = place(*made, DeviceRequest(None, None), threads=1)
+    # Nothing is faster than plain decoding by more than the tokens of a round.
+    assert limits == {"cpu": math.inf, "webgpu": pytest.approx(0.17)}
+    assert drafters == ["cpu"]
+    first, second = found.reason.splitlines()
+    assert "target on cpu" in first and second.endswith("webgpu is out, a step takes 2.5 s")
+    limits = limits_of(monkeypatch, ["cpu", "webgpu"], {})
+    place(*made, DeviceRequest("webgpu", "cpu"), threads=1)
+    assert limits == {"webgpu": math.inf}, "a device that was asked for is never out"
+
+
+def test_one_step_is_enough_to_see_that_a_device_is_slow(made, monkeypatch):
+    monkeypatch.setattr(survey, "_step_seconds", lambda runner: 0.5)
+    monkeypatch.setattr(survey, "target_costs", None)
+    with pytest.raises(TooSlowError, match=r"cpu is out, a step takes 0\.5 s"):
+        measured_target(*made, "cpu", 1, limit=0.4)
+    with monkeypatch.context() as remembered:
+        remembered.setattr("forerun.runtime.open.open_runner", None)
+        with pytest.raises(TooSlowError):
+            measured_target(*made, "cpu", 1, limit=0.4)
+    # One that is merely slow is measured with few rows.
+    costs = measured_target(*made, "cpu", 1, limit=1.0)
+    assert costs.rows == (1, 2, 4, 8) and len(costs.depths) == 1
+
+
+def test_a_slow_drafter_is_not_measured_further(made, monkeypatch):
+    drafter = Slow(monkeypatch)
+    with pytest.raises(DeviceError, match=r"slow takes 0\.005 s on webgpu"):
+        measure_drafter(drafter, made[0], "webgpu", 0.004)
+    assert len(drafter.told) == 2
+
+
+def test_a_chosen_drafter_stays_even_if_plain_decoding_is_faster(made):
+    manifest, folder = made
+    dear = StepCosts((1, 16), (64,), ((0.010, 0.160),))
+    remember_costs(costs_key(manifest, "cpu", 1), dear)
+    for name in ("ngram", "ngram+recycle", "auto"):
+        found = place(manifest, folder, CPU, drafter=name, threads=1, is_chosen=True)
+        assert (found.drafter, found.schedule, found.draft) == (name, "serial", "cpu")
+        assert f"drafter {name} on cpu" in found.reason and "faster would be" in found.reason
+    unknown = place(manifest, folder, CPU, drafter="psychic", threads=1, is_chosen=True)
+    assert unknown.drafter == "none"
+
+
+def test_threads_that_are_given_are_not_split(made, tmp_path, monkeypatch):
+    manifest, folder = made
+    name = tmp_path / "m" / "int4"
+    shutil.copytree(folder, name)
+    shutil.copytree(folder, tmp_path / "m" / "drafters" / "model")
+    seen = []
+
+    def measured(manifest, folder, device, threads, progress, limit=math.inf):
+        seen.append(threads)
+        return TABLE
+
+    monkeypatch.setattr(survey, "measured_target", measured)
+    monkeypatch.setattr(survey, "default_threads", lambda: 3)
+    place(manifest, name, CPU, threads=2)
+    assert seen == [2]
+    place(manifest, name, CPU)
+    assert seen == [2, 3, 2]
