@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#f0e442")
 _LEFT, _TOP, _GROUP_GAP, _BAR, _HEIGHT = 46, 34, 18, 13, 220
+_NAME_WIDTH = 72
 _PANEL = _TOP + _HEIGHT + 34
 _LEGEND_ROW = 18
 
@@ -45,7 +46,7 @@ def plot(result: dict[str, Any]) -> str:
     categories = list(dict.fromkeys(row["category"] for row in rows))
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
     top = max([1.5, *(row["speedup"]["max"] for row in rows)]) * 1.08
-    group = _GROUP_GAP + _BAR * len(drafters)
+    group = _group(drafters)
     width = max(_LEFT + group * len(categories) + 20, 420)
     height = _PANEL * len(temperatures) + _LEGEND_ROW * (len(drafters) + 1)
     parts = [
@@ -61,6 +62,11 @@ def plot(result: dict[str, Any]) -> str:
         parts += _bars(offset, top, here, categories, drafters)
     parts += _legend(_PANEL * len(temperatures), drafters)
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _group(drafters: list[str]) -> int:
+    """Width of a category: its bars and a gap, and not less than its name takes."""
+    return max(_GROUP_GAP + _BAR * len(drafters), _NAME_WIDTH)
 
 
 def _y(offset: int, value: float, top: float) -> float:
@@ -86,7 +92,7 @@ def _bars(
     drafters: list[str],
 ) -> list[str]:
     """A bar to the median, and a thin line from the slowest run to the fastest."""
-    parts, group = [], _GROUP_GAP + _BAR * len(drafters)
+    parts, group = [], _group(drafters)
     for row in rows:
         place, colour = _place(row, categories, drafters, group)
         speed = row["speedup"]
@@ -111,7 +117,8 @@ def _place(
 ) -> tuple[int, str]:
     """Left edge and colour of a row's bar."""
     bar = drafters.index(row["drafter"])
-    left = _LEFT + categories.index(row["category"]) * group + _GROUP_GAP // 2 + bar * _BAR
+    margin = (group - _BAR * len(drafters)) // 2
+    left = _LEFT + categories.index(row["category"]) * group + margin + bar * _BAR
     return left, _COLOURS[bar % len(_COLOURS)]
 
 
