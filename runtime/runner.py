@@ -177,14 +177,14 @@ class Runner:
     def _run_tree(self, ids: np.ndarray, rows: np.ndarray, parents: Sequence[int]) -> np.ndarray:
         past = self.arena.length
         positions = past + tree_depths(parents, len(ids))
+        if self._tree is None:
+            self._tree = self._open(_TREE.format(self._lowering))
         if not past:
             # ONNX Runtime takes the rows of a first prompt to stand one behind the other.
             raise OptionError(
                 "a tree needs history before it, and the KV cache is empty; "
                 "run its first row as a chain"
             )
-        if self._tree is None:
-            self._tree = self._open(_TREE.format(self._lowering))
         with self.arena.guarded():
             logits = self._tree.run(ids, positions, rows, past, tree_bias(parents, past))
         self._last = self._tree

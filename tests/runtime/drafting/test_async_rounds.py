@@ -278,7 +278,8 @@ def test_when_both_fail_the_target_s_error_counts(runners):
 
 def test_ids_outside_the_vocabulary_are_the_drafter_s_fault(runners):
     target, small, _ = runners
-    cache = PrefixCache(target)
+    # Slow enough that the drafter is asked while it verifies, whatever else the machine does.
+    cache = PrefixCache(Slowed(target, 0.03))
     drafter = Doubtful(small)
     good = drafter.next_tokens
     drafter.next_tokens = lambda ahead, count: good(ahead, count) if not ahead else ([999], [1.0])
