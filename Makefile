@@ -2,7 +2,7 @@
 # make test    all tests that need no other framework
 # make lint    ruff and pyright
 # make bench   forerun beside its peers (installs them; compiling llama.cpp takes long)
-# make oracle  compare with transformers and optimum, in an environment of their own
+# make oracle  compare with transformers and optimum, and test training, in an environment with torch
 #
 # Each target makes the environment it needs; only python3 (3.11 or newer) with venv and pip is
 # needed. PYTHON=python3.12 chooses another Python, FORERUN_HOME=DIR another place for models.
@@ -12,7 +12,7 @@ VENV := .venv
 ORACLE_VENV := .venv-oracle
 BENCH_VENV := .venv-bench
 MODEL := smollm2-135m
-PROMPT := Why is the sky blue? Answer in two sentences.
+PROMPT := How do I make friends?
 BENCH_JSON := bench-text.json
 DRAFT_JSON := bench-draft.json
 SWIFTSHADER := build/swiftshader/libvulkan.so.1
@@ -50,6 +50,7 @@ bench: $(BENCH_VENV)/stamp
 oracle: $(ORACLE_VENV)/stamp
 	$(ORACLE_VENV)/bin/forerun pull $(MODEL) --variant fp32
 	$(ORACLE_VENV)/bin/python -m pytest -m oracle tests/oracle
+	$(ORACLE_VENV)/bin/python -m pytest -m "not oracle" tests/export/training
 
 models: $(VENV)/run.stamp
 	$(VENV)/bin/forerun pull $(MODEL) --variant fp32
