@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forerun.errors import ForerunError, UserError
-    from forerun.runtime.text import Text, load
+    from forerun.runtime.load import load
+    from forerun.runtime.text import Text
     from forerun.runtime.types import Event, SamplingParams, Stats
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "forerun.runtime.text",
+    "load": "forerun.runtime.load",
     "Text": "forerun.runtime.text",
     "Event": "forerun.runtime.types",
     "SamplingParams": "forerun.runtime.types",

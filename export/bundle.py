@@ -32,17 +32,31 @@ def new_bundle(out: Path) -> Iterator[Path]:
     if taken and not (out / "manifest.json").is_file():
         raise OptionError(f"{out} exists and is not a bundle; choose another folder")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
-    except OSError as error:
-        raise _space_or_option(error, out) from error
-    try:
-        yield temporary
-        _replace(temporary, out)
+        with contextlib.ExitStack() as stack:
+            try:
+                temporary = stack.enter_context(folder_aside(out))
+            except OSError as error:
+                raise _space_or_option(error, out) from error
+            yield temporary
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _space_or_option(error, out) from error
         raise
+
+
+@contextlib.contextmanager
+def folder_aside(out: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `out` that takes its place if the block succeeds.
+
+    After an error, also Ctrl-C, nothing is left of it, and `out` is what it was.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+    try:
+        yield temporary
+        old = out.with_name(f".{out.name}.{os.getpid()}.old")
+        replace_folder(temporary, out, old)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -63,14 +77,19 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _replace(temporary: Path, out: Path) -> None:
-    if not out.exists():
-        temporary.rename(out)
-        return
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    out.rename(old)
-    temporary.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+def replace_folder(new: Path, out: Path, old: Path) -> None:
+    """Rename a folder to `out`, and what was there, if anything, to `old`.
+
+    After an error, also Ctrl-C, `out` is what it was.
+    """
+    try:
+        if os.path.lexists(out):
+            out.rename(old)
+        new.rename(out)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(out):
+            old.rename(out)
+        raise
 
 
 def _space_or_option(error: OSError, out: Path) -> Exception:

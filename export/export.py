@@ -14,6 +14,7 @@ from forerun.export.card import write_card
 from forerun.export.check import RUNNERS, check_export
 from forerun.export.graph import DecoderGraph, cpu_lowering, default_taps, kv_layout
 from forerun.export.npu import write_static_graph
+from forerun.export.recipe import RECIPE
 from forerun.export.tokenizer import write_tokenizer
 from forerun.export.tree import takes_trees, tree_lowering, write_tree_graph
 from forerun.export.webgpu import with_webgpu
@@ -127,6 +128,7 @@ def _manifest(
         ),
         generation=c.generation,
         taps=taps,
+        recipe=RECIPE,
     )
 
 

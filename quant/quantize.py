@@ -14,6 +14,7 @@ from forerun.errors import OptionError, UnsupportedError
 from forerun.export.bundle import new_bundle, require_space
 from forerun.export.card import CARD_NAME, write_card
 from forerun.export.npu import without_static
+from forerun.export.recipe import RECIPE
 from forerun.export.tree import TREE_GRAPH_NAME, write_tree_graph
 from forerun.export.webgpu import with_webgpu, without_webgpu
 from forerun.export.writer import WEIGHTS_NAME
@@ -48,6 +49,7 @@ class WeightFormat:
         wide: prefixes of the names of matrices that get 8 bits whatever `bits` says.
         calibrated: rounding errors are moved to where the built-in text does not notice (GPTQ).
         kl_bound: largest mean KL divergence to the float32 bundle that is let out.
+        bytes_per_weight: size of a bundle, everything beside the weights included, for estimates.
         row_exact: verification of drafts is bit-equal to decoding: blocks of 32, an 8-bit KV
             cache, and the head in per-row integer products, which also flattens T(n).
     """
@@ -58,6 +60,7 @@ class WeightFormat:
     wide: tuple[str, ...]
     calibrated: bool
     kl_bound: float
+    bytes_per_weight: float
     row_exact: bool = False
 
 
@@ -65,11 +68,11 @@ class WeightFormat:
 _QKV = ("qkv.",)
 
 FORMATS = {
-    "int4": WeightFormat(4, 64, "4 bits (qkv 8), blocks of 64, GPTQ", _QKV, True, 0.75),
+    "int4": WeightFormat(4, 64, "4 bits (qkv 8), blocks of 64, GPTQ", _QKV, True, 0.75, 1.0),
     "int4-exact": WeightFormat(
-        4, 32, "4 bits (qkv, head, KV 8), blocks of 32, GPTQ", _QKV, True, 0.75, row_exact=True
+        4, 32, "4 bits (qkv, head, KV 8), blocks of 32, GPTQ", _QKV, True, 0.75, 1.2, True
     ),
-    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", (), False, 0.02),
+    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", (), False, 0.02, 1.3),
 }
 
 
@@ -101,13 +104,18 @@ def quantize(
             f"{bundle} is quantized already ({manifest.quantization.method}); "
             "quantize the float32 bundle"
         )
-    require_space(Path(out).parent, manifest.model.parameters * form.bits // 6, "quantizing")
+    needed = int(manifest.model.parameters * form.bytes_per_weight)
+    require_space(Path(out).parent, needed, "quantizing")
     report = progress or (lambda stage, done, total: None)
     with new_bundle(Path(out)) as folder:
         _copy_others(manifest, bundle, folder)
         _rewrite(manifest, bundle, folder, form, report)
         quant = Quantization(weights, form.bits, form.block, form.detail)
-        new = dataclasses.replace(manifest, quantization=quant, row_exact=form.row_exact)
+        # What the float32 bundle lacks, the new one lacks as well.
+        recipe = min(manifest.recipe, RECIPE)
+        new = dataclasses.replace(
+            manifest, quantization=quant, row_exact=form.row_exact, recipe=recipe
+        )
         new = in_eight_bits(new) if form.row_exact else new
         new = with_webgpu(folder, new)
         check = check_quality(new, folder, manifest, bundle, form.kl_bound, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import mmap
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from forerun.runtime.manifest import KVLayout
 
 
-class Rows:
+class Rows(abc.ABC):
     """Which rows of a KV cache count; where they lie is the business of the classes below.
 
     Attributes:
@@ -88,13 +89,13 @@ class Rows:
         """Around whatever runs on the tensors; turns a failure of their device into its error."""
         return contextlib.nullcontext()
 
+    @abc.abstractmethod
     def values(self) -> dict[str, ort.OrtValue]:
         """Role ``key.N`` or ``value.N`` to the tensor that graphs are bound to."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def move(self, source: np.ndarray, start: int) -> None:
         """Copy the rows `source` int64 [N] to `start`, `start` + 1 and so on, in every tensor."""
-        raise NotImplementedError
 
 
 class KVArena(Rows):

@@ -141,6 +141,7 @@ class Manifest:
         taps: numbers of layers whose output the graph gives as `features`.
         row_exact: row i of a chain step of several rows is bit-equal to a step of that row alone,
             on the CPU, so that verifying drafts cannot change the text.
+        recipe: revision of how exporter and quantizer made it; 0 if none was recorded.
     """
 
     format_version: int
@@ -155,6 +156,7 @@ class Manifest:
     generation: dict[str, float] = field(default_factory=dict)
     taps: tuple[int, ...] = ()
     row_exact: bool = False
+    recipe: int = 0
     checks: tuple[Check, ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
 

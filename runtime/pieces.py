@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Finite in half precision, where a sum of it and a score still is; its softmax is exactly 0.
-HIDDEN = np.float32(-3e4)
+HIDDEN_IN_HALF = np.float32(-3e4)
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,6 @@ def cut(rows: int, room: int, widths: Sequence[int]) -> list[Piece]:
     return pieces
 
 
-def ancestors(parents: Sequence[int] | None, count: int) -> np.ndarray:
-    """Which rows of a step each row sees.
-
-    Args:
-        parents: the row before each row, or -1; None for a chain.
-        count: rows.
-
-    Returns:
-        bool [count, count]; a row sees itself.
-    """
-    if parents is None:
-        return np.tri(count, dtype=bool)
-    seen = np.eye(count, dtype=bool)
-    for row, parent in enumerate(parents):
-        if parent >= 0:
-            seen[row] |= seen[parent]
-    return seen
-
-
 def fill_mask(mask: np.ndarray, piece: Piece, past: int, seen: np.ndarray) -> None:
     """Write the additive mask of a piece.
 
@@ -77,5 +58,5 @@ def fill_mask(mask: np.ndarray, piece: Piece, past: int, seen: np.ndarray) -> No
     """
     rows = np.minimum(np.arange(piece.start, piece.start + piece.width), piece.stop - 1)
     mask[:, :past] = 0
-    mask[:, past:] = HIDDEN
+    mask[:, past:] = HIDDEN_IN_HALF
     mask[:, past : past + len(seen)][seen[rows]] = 0

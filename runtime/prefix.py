@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from forerun.errors import BusyError
+from forerun.errors import BusyError, ContextLimitError
 from forerun.runtime.manifest import Manifest
 
 
@@ -85,6 +85,8 @@ class PrefixCache:
         self.busy = threading.Lock()
         self._step = runner.step
         self._arena: Arena = runner.arena
+        # An arena with a window evicts for every step, so its steps are short.
+        self._most_rows: int = getattr(runner.arena, "most_rows", 0) or self._arena.capacity
         self._arena.rewind(0)
 
     @property
@@ -95,18 +97,21 @@ class PrefixCache:
     def keep_common(self, ids: Sequence[int]) -> int:
         """Rewind to the longest common prefix with `ids`, short of their last token.
 
-        The last token always runs again, since its logits are wanted.
+        The last token always runs again, since its logits are wanted. A cache that evicted some of
+        the prefix is emptied.
 
         Returns:
             How many tokens are still cached.
         """
         self.settle()
-        length = min(_common_prefix(self.ids, ids), max(len(ids) - 1, 0))
-        self.rewind(length)
-        return length
+        self._rewind_or_empty(min(common_prefix(self.ids, ids), max(len(ids) - 1, 0)))
+        return len(self.ids)
 
     def feed(self, ids: list[int], want: Literal["last", "none"] = "last") -> np.ndarray:
         """Run `ids` after what is cached; logits float32 [R, V], valid until the next step."""
+        while len(ids) > self._most_rows:
+            self.feed(ids[: self._most_rows], "none")
+            ids = ids[self._most_rows :]
         logits = self._step(ids, want=want)
         self.ids.extend(ids)
         return logits
@@ -139,7 +144,11 @@ class PrefixCache:
         self.ids.extend(ids)
 
     def rewind(self, length: int) -> None:
-        """Forget every token from `length` on."""
+        """Forget every token from `length` on.
+
+        Raises:
+            ContextLimitError: the cache evicted tokens before it.
+        """
         if length < self._arena.length:
             self._arena.rewind(length)
         del self.ids[length:]
@@ -160,7 +169,13 @@ class PrefixCache:
 
     def settle(self) -> None:
         """Bring arena and ids back in line after a step that was broken off."""
-        self.rewind(min(len(self.ids), self._arena.length))
+        self._rewind_or_empty(min(len(self.ids), self._arena.length))
+
+    def _rewind_or_empty(self, length: int) -> None:
+        try:
+            self.rewind(length)
+        except ContextLimitError:
+            self.rewind(0)
 
 
 def busy_error() -> BusyError:
@@ -170,9 +185,10 @@ def busy_error() -> BusyError:
     )
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first ids two sequences share."""
     length = min(len(a), len(b))
-    if a[:length] == b[:length]:
+    if list(a[:length]) == list(b[:length]):
         return length
     differs = np.asarray(a[:length], np.int64) != np.asarray(b[:length], np.int64)
     return int(differs.argmax())

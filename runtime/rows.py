@@ -34,6 +34,25 @@ def tree_depths(parents: Sequence[int], count: int) -> np.ndarray:
     return depths
 
 
+def ancestors(parents: Sequence[int] | None, count: int) -> np.ndarray:
+    """Which rows of a step each row sees.
+
+    Args:
+        parents: the row before each row, or -1; None for a chain.
+        count: rows.
+
+    Returns:
+        bool [count, count]; a row sees itself.
+    """
+    if parents is None:
+        return np.tri(count, dtype=bool)
+    seen = np.eye(count, dtype=bool)
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            seen[row] |= seen[parent]
+    return seen
+
+
 def tree_bias(parents: Sequence[int], past: int) -> np.ndarray:
     """Additive mask of a tree behind `past` tokens.
 
@@ -41,11 +60,7 @@ def tree_bias(parents: Sequence[int], past: int) -> np.ndarray:
         float32 [1, 1, S, past + S]: 0 where a row may look (history, ancestors, itself).
     """
     count = len(parents)
-    seen = np.zeros((count, count), bool)
-    for row, parent in enumerate(parents):
-        if parent >= 0:
-            seen[row] = seen[parent]
-        seen[row, row] = True
+    seen = ancestors(parents, count)
     bias = np.zeros((1, 1, count, past + count), np.float32)
     bias[0, 0, :, past:] = np.where(seen, np.float32(0), HIDDEN)
     return bias

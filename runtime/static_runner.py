@@ -14,8 +14,8 @@ from forerun.errors import BundleError, DeviceError, ForerunError, OptionError
 from forerun.runtime.arena import KVArena
 from forerun.runtime.bound import MAX_ROWS
 from forerun.runtime.manifest import inside
-from forerun.runtime.pieces import ancestors, cut
-from forerun.runtime.rows import check_ids, tree_depths, wanted_rows
+from forerun.runtime.pieces import cut
+from forerun.runtime.rows import ancestors, check_ids, tree_depths, wanted_rows
 from forerun.runtime.static_graph import StaticGraph
 
 if TYPE_CHECKING:

@@ -1,204 +1,20 @@
-"""The text model as a library: `load` a bundle, then generate, stream or chat."""
+"""Text models: generate, stream or chat with a runner that is loaded."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any
 
-from forerun.devices.home import find_bundle
-from forerun.devices.providers import find_provider
-from forerun.devices.request import DeviceRequest, parse_devices
-from forerun.errors import BundleError, OptionError, UnsupportedError
+from forerun.errors import OptionError, UnsupportedError
 from forerun.runtime.chat import Chat
-from forerun.runtime.drafting.choice import (
-    DEFAULT_DRAFTER,
-    NO_DRAFTER,
-    AnyDrafter,
-    Drafters,
-    default_drafter,
-    measured_means,
-    named_drafters,
-    trees_allowed,
-)
-from forerun.runtime.drafting.plan import check_name
-from forerun.runtime.drafting.policy import POLICIES
-from forerun.runtime.drafting.schedules import SCHEDULES
-from forerun.runtime.manifest import Manifest, inside, load_manifest
+from forerun.runtime.drafting.choice import Drafters
+from forerun.runtime.manifest import Manifest
 from forerun.runtime.prefix import PrefixCache, StepRunner
 from forerun.runtime.session import Session
-from forerun.runtime.template import MAX_TEMPLATE_CHARS, render_chat
+from forerun.runtime.template import render_chat
 from forerun.runtime.tokenizer import Tokenizer, as_text
 from forerun.runtime.types import Event, SamplingParams
-
-DEFAULT_MODEL = "smollm2-135m"
-MAX_THREADS = 1024
-_SERIAL = "serial"
-
-
-def load(
-    model: str | os.PathLike[str] = DEFAULT_MODEL,
-    *,
-    variant: str | None = None,
-    threads: int | None = None,
-    spin: bool = True,
-    drafter: AnyDrafter = DEFAULT_DRAFTER,
-    policy: str = "measured",
-    schedule: str | None = None,
-    trees: bool | None = None,
-    device: str = "cpu",
-    allow_fallback: bool = False,
-    on_fallback: Callable[[str], None] | None = None,
-    on_placement: Callable[[str], None] | None = None,
-) -> Text:
-    """Load a text model from its bundle.
-
-    Args:
-        model: a name that was pulled (``smollm2-135m``, ``smollm2-135m:fp32``) or a bundle folder.
-        variant: ``int4``, ``int8`` or ``fp32``; only with a name.
-        threads: of the computation; None takes the best that was measured on this machine.
-        spin: let waiting threads spin; False when another model runs at the same time.
-        drafter: what generations draft with unless they say otherwise, see `Session.generate`.
-        policy: how much to draft, one of `policy.POLICIES`, by step costs measured once.
-        schedule: one of `schedules.SCHEDULES`; None takes serial, or what ``auto`` chose.
-        trees: whether drafts may be trees; None allows them where they cannot change the text.
-        device: where the model runs, or ``target=webgpu,draft=cpu``, or ``auto``, which measures
-            and chooses threads, drafter and schedule too, where those are not given.
-        allow_fallback: go on on the CPU if that device cannot be opened, or fails later.
-        on_fallback: told when that happens, and why; None gives a `RuntimeWarning`.
-        on_placement: told in two lines what ``auto`` chose, and why.
-
-    Raises:
-        UnknownModelError: there is no such model on this machine.
-        BundleError: the bundle is damaged.
-        DeviceError: the device is not here, or cannot run the whole model.
-        OptionError: `threads` is out of range, or there is no such device, drafter, policy or
-            schedule.
-        UnsupportedError: the drafter does not fit the model.
-
-    Example:
-        >>> with load("smollm2-135m") as text:  # doctest: +SKIP
-        ...     print(text.generate("Why is the sky blue?"))
-    """
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise OptionError(f"threads is {threads!r}; it must be from 1 to {MAX_THREADS}")
-    devices = parse_devices(device)
-    drafting = _Drafting(drafter, policy, schedule, trees, devices.draft or "cpu")
-    name = os.fspath(model)
-    bundle = _read_bundle(find_bundle(name if variant is None else f"{name}:{variant}"))
-    if devices.target is None:
-        target, threads, drafting = _placed(bundle, devices, drafting, threads, on_placement)
-        allow_fallback = allow_fallback and target != "cpu"
-    else:
-        target = devices.target
-    fallback = {"allow_fallback": allow_fallback, "on_fallback": on_fallback}
-    return _with_drafters(_opened(bundle, target, threads, spin=spin, **fallback), bundle, drafting)
-
-
-@dataclass(frozen=True)
-class _Bundle:
-    """The parts of a bundle that are read at once."""
-
-    folder: Path
-    manifest: Manifest
-    tokenizer: Tokenizer
-    template: str | None
-
-
-def _read_bundle(folder: Path) -> _Bundle:
-    manifest = load_manifest(folder)
-    if manifest.kind != "text":
-        raise UnsupportedError(f"{folder} is a {manifest.kind} model; a text model is needed here")
-    manifest.check_files(folder)
-    template = _read_template(manifest, folder)
-    return _Bundle(folder, manifest, Tokenizer(manifest, folder), template)
-
-
-@dataclass(frozen=True)
-class _Drafting:
-    """What `load` was told about drafting; see there."""
-
-    drafter: AnyDrafter
-    policy: str
-    schedule: str | None
-    trees: bool | None
-    device: str
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        check_name("policy", self.policy.partition(":")[0], POLICIES)
-        check_name("schedule", self.schedule or _SERIAL, SCHEDULES)
-
-
-def _placed(
-    bundle: _Bundle,
-    devices: DeviceRequest,
-    how: _Drafting,
-    threads: int | None,
-    tell: Callable[[str], None] | None,
-) -> tuple[str, int, _Drafting]:
-    """Device and threads of the target, and how to draft, where the caller left it open."""
-    from forerun.runtime.drafting.survey import place
-
-    is_open = how.drafter == DEFAULT_DRAFTER
-    name = default_drafter(bundle.manifest) if is_open else how.drafter
-    found = place(
-        bundle.manifest,
-        bundle.folder,
-        devices,
-        # Of a drafter that is no name nothing is known.
-        name if isinstance(name, str) else NO_DRAFTER,
-        threads,
-        is_chosen=not is_open,
-        schedule=how.schedule,
-    )
-    if tell is not None:
-        tell(found.reason)
-    chosen = replace(
-        how,
-        drafter=found.drafter if is_open else how.drafter,
-        schedule=how.schedule or (found.schedule if found.schedule in SCHEDULES else _SERIAL),
-        device=found.draft or how.device,
-        threads=found.draft_threads or None,
-    )
-    return found.target, found.threads, chosen
-
-
-def _opened(bundle: _Bundle, device: str, threads: int | None, **how: Any) -> Any:
-    # Imported here: onnxruntime takes long to import, and wrong input should be told before.
-    from forerun.runtime.open import open_runner
-    from forerun.runtime.probe import best_threads
-
-    how["threads"] = threads or best_threads(bundle.manifest)
-    return open_runner(bundle.manifest, bundle.folder, device=device, **how)
-
-
-def _with_drafters(runner: Any, bundle: _Bundle, how: _Drafting) -> Text:
-    manifest, cache = bundle.manifest, PrefixCache(runner)
-    lowering = find_provider(runner.device).form
-    chosen = how.drafter
-    if chosen == DEFAULT_DRAFTER:
-        chosen = default_drafter(manifest, runner.device)
-    drafters = Drafters(
-        manifest,
-        named_drafters(manifest, bundle.folder, how.threads or runner.threads, how.device),
-        default=chosen,
-        schedule=how.schedule or _SERIAL,
-        trees=trees_allowed(manifest, lowering) if how.trees is None else how.trees,
-        device=how.device,
-        means=lambda: measured_means(cache, runner.device, runner.threads, how.policy),
-    )
-    text = Text(runner, bundle.tokenizer, bundle.template, cache=cache, drafters=drafters)
-    try:
-        # A drafter that does not fit is told now, and its first answer does not wait for it.
-        drafters.plan()
-    except BaseException:
-        text.close()
-        raise
-    return text
 
 
 class Text:
@@ -348,14 +164,3 @@ class Text:
 
     def _rendered_ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special=False, limit=self.capacity)
-
-
-def _read_template(manifest: Manifest, folder: Any) -> str | None:
-    name = manifest.tokenizer.chat_template
-    if name is None:
-        return None
-    try:
-        text = inside(folder, name).read_bytes()[: 4 * MAX_TEMPLATE_CHARS + 1].decode("utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise BundleError(f"{folder}: {name} is not readable text; pull or export again") from None
-    return text or None

@@ -63,7 +63,7 @@ class Stats:
         session_share: time inside ONNX Runtime / wall time.
         peak_rss_mb: largest resident size of the process so far.
         drafter: name of the drafter.
-        schedule: ``plain`` (no drafter), ``serial`` or another name of `plan.SCHEDULES`.
+        schedule: ``plain`` (no drafter), ``serial`` or another name of `schedules.SCHEDULES`.
         accept: name of the accept rule; all but ``match`` are lossy.
         devices: which device ran the target and the drafter.
     """

@@ -13,8 +13,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 import gpu
+import needs
 
 gpu.prepare()
+
+
+def pytest_configure(config):
+    if reason := needs.refusal():
+        raise pytest.UsageError(reason)
 
 
 @pytest.fixture(scope="session")

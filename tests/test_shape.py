@@ -28,8 +28,10 @@ _CHECKING = tuple(
 )
 _WRITING = tuple(
     f"forerun.export.{name}"
-    for name in ("bundle", "card", "graph", "npu", "tree", "webgpu", "writer")
+    for name in ("bundle", "card", "graph", "npu", "recipe", "tree", "webgpu", "writer")
 )
+# The folder of a drafter: its names and its format.
+_DRAFTERS = ("forerun.runtime.drafting.folder",)
 # Training data are answers of the model, so the tokenizer and the chat template are needed too.
 _SPEAKING = tuple(f"forerun.runtime.{name}" for name in ("tokenizer", "template"))
 
@@ -46,12 +48,12 @@ ROOMS = {
     "devices": Room((), ("numpy", "onnxruntime")),
     "runtime": Room(("forerun.devices",), ("numpy", "onnxruntime", "tokenizers", "jinja2")),
     "export": Room(
-        ("forerun.devices", *_CHECKING),
+        ("forerun.devices", *_CHECKING, *_DRAFTERS),
         ("numpy", "onnx", "gguf", "tokenizers"),
     ),
     # A closed room within `export`, the only one with torch; nothing else of `export` enters it.
     "export/training": Room(
-        ("forerun.devices", "forerun.export", "forerun.quant", *_CHECKING, *_SPEAKING),
+        ("forerun.devices", "forerun.export", "forerun.quant", *_CHECKING, *_DRAFTERS, *_SPEAKING),
         ("numpy", "onnx", "onnxruntime", "torch"),
     ),
     "quant": Room(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from forerun.runtime.manifest import Manifest
 
 _BUSY_LOAD = 0.5
+# Replayed in their true order, hits and misses leave a few percent to the clock and to the threads.
+_UNDISTURBED = 0.1
 _SIMULATED_DRAFTER = "model"
 
 
@@ -49,7 +51,8 @@ class Options:
         simulate: run the schedules against a simulated accelerator too.
 
     Raises:
-        OptionError: a number is out of range, or there is no temperature.
+        OptionError: a number is out of range, there is no temperature, or a simulation is asked
+            for without the greedy answers that it replays.
     """
 
     model: str = "smollm2-135m"
@@ -71,6 +74,10 @@ class Options:
         if not self.temperatures or not all(0 <= value <= 100 for value in self.temperatures):
             raise OptionError(
                 f"temperatures are {list(self.temperatures)}; give at least one, from 0 to 100"
+            )
+        if self.simulate and 0 not in self.temperatures:
+            raise OptionError(
+                "--simulate replays greedy answers; add 0 to --temperatures, e.g. 0,0.8"
             )
 
 
@@ -119,7 +126,7 @@ def run(
 
 def _open(options: Options) -> TextEngine:
     from forerun.apps.bench.draft_engine import TextEngine
-    from forerun.runtime.text import load
+    from forerun.runtime.load import load
 
     return TextEngine(lambda: load(options.model, threads=options.threads))
 
@@ -217,6 +224,13 @@ def _add_simulation(
         result["simulated"] = simulated(engine.manifest, options, answers)
     except UserError as error:
         result["left_out"]["simulation"] = str(error)
+        return
+    off = max(abs(row["speedup"] / row["replayed"] - 1) for row in result["simulated"])
+    if off > _UNDISTURBED:
+        result["warnings"].append(
+            f"the simulation is up to {off:.0%} off its own times in true order, so something else "
+            "ran meanwhile; measure again on an idle machine"
+        )
 
 
 def simulated(
@@ -242,7 +256,11 @@ def simulated(
     drafter = open_drafter(_SIMULATED_DRAFTER, DrafterContext(manifest, folder, threads=1))
     recordings = [Recording(tuple(prompt), tuple(answer)) for prompt, answer in answers]
     try:
-        return [asdict(row) for row in simulate(manifest, recordings, drafter, progress=say)]
+        rows = simulate(manifest, recordings, drafter, progress=say)
+        return [
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}
+            for row in rows
+        ]
     finally:
         drafter.close()
 

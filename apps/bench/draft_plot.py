@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from forerun.apps.bench.spread import SCATTER_LIMIT
 from forerun.errors import OptionError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _legend(offset: int, drafters: list[str]) -> list[str]:
         y, colour = offset + number * _LEGEND_ROW, _COLOURS[number % len(_COLOURS)]
         parts.append(f'<rect x="{_LEFT}" y="{y}" width="11" height="11" fill="{colour}"/>')
         parts.append(_text(_LEFT + 18, y + 10, name))
-    note = "pale: the runs scatter by more than 20 %"
+    note = f"pale: the runs scatter by more than {SCATTER_LIMIT:.0%}"
     return [*parts, _text(_LEFT, offset + len(drafters) * _LEGEND_ROW + 10, note)]
 
 

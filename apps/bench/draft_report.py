@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 UNSTEADY = "~"
 _CIRCLES = 0.5
-_FILE_WIDTH = 140
+_FILE_WIDTH = 160
 
 
 def print_report(result: dict[str, Any], console: Console | None = None) -> None:
@@ -33,7 +33,7 @@ def print_report(result: dict[str, Any], console: Console | None = None) -> None
         f"{result['model']} {result['weights']}, {about['cpu']}, {about['cores']} cores, "
         f"{result['threads']} threads, "
         f"{result['prompts']} prompts, up to {result['max_tokens']} tokens, median (min-max) of "
-        f"{result['repeat']} interleaved runs",
+        f"{result['repeat']} interleaved run{'s' if result['repeat'] > 1 else ''}",
         highlight=False,
         soft_wrap=True,
     )

@@ -38,7 +38,7 @@ class _Peer:
 
     def _load_drafted(self, request: dict[str, Any]) -> dict[str, Any]:
         """Plain decoding is a drafter too, ``none``; answers then end where the model ends them."""
-        from forerun.runtime.text import load
+        from forerun.runtime.load import load
 
         if self._text is not None:
             self._text.close()

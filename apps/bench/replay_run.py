@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from forerun.runtime.drafting.async_rounds import AheadCounts
+from forerun.runtime.drafting.fixed import FixedPolicy
 from forerun.runtime.drafting.tree import TokenTree
 
 
 @dataclass
-class CountingPolicy:
-    """Drafts the same number of tokens in every round, and counts what came of it.
+class Counts:
+    """What came of the verified drafts.
 
     Attributes:
-        length: that number.
         drafted: tokens that were verified.
         right: those that were accepted.
         wrong: drafts that went wrong at some token.
@@ -22,24 +22,18 @@ class CountingPolicy:
         verify: seconds of them.
     """
 
-    length: int
     drafted: int = 0
     right: int = 0
     wrong: int = 0
     rounds: int = 0
     verify: float = 0.0
 
-    def budget(self, depth: int) -> int:
-        """See `DraftPolicy.budget`."""
-        return self.length
 
-    def keep_going(self, drafted: int, value: float, depth: int) -> bool:
-        """See `DraftPolicy.keep_going`."""
-        return True
+@dataclass(frozen=True)
+class CountingPolicy(FixedPolicy):
+    """Drafts the same number of tokens in every round, and counts what came of it."""
 
-    def prune(self, tree: TokenTree, draft_seconds: float, depth: int) -> TokenTree:
-        """See `DraftPolicy.prune`."""
-        return tree
+    counts: Counts = field(default_factory=Counts)
 
     def observe(
         self,
@@ -51,11 +45,12 @@ class CountingPolicy:
         new_tokens: Sequence[int] = (),
     ) -> None:
         """Count a round."""
-        self.drafted += len(tree)
-        self.right += len(path)
-        self.wrong += len(path) < len(tree)
-        self.rounds += 1
-        self.verify += verify_seconds
+        counts = self.counts
+        counts.drafted += len(tree)
+        counts.right += len(path)
+        counts.wrong += len(path) < len(tree)
+        counts.rounds += 1
+        counts.verify += verify_seconds
 
 
 @dataclass
@@ -74,7 +69,7 @@ class Run:
 
     schedule: str
     gamma: int
-    counts: CountingPolicy
+    counts: Counts
     ahead: AheadCounts = field(default_factory=AheadCounts)
     seconds: float = 0.0
     drafting: float = 0.0

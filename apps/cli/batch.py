@@ -293,7 +293,7 @@ def _remaining(
 def _answer_all(
     todo: Sequence[Item], results: Results, model: str, threads: int | None, request: Request
 ) -> tuple[int, float]:
-    from forerun.runtime.text import load
+    from forerun.runtime.load import load
 
     new_tokens, begin = 0, time.monotonic()
     with reporter() as show, load(model, threads=threads, **request.how_to_load()) as text:

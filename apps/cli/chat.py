@@ -65,9 +65,12 @@ def chat(
     options.sampling_params(sampling, (), seed)
     rule = options.accept_rule(accept, drafter)
     policy, stops = options.context_policy(context), options.stop_texts(stop)
-    from forerun.runtime.text import load
+    from forerun.runtime.load import load
 
-    where: dict[str, Any] = {"device": device, "allow_fallback": allow_fallback}
+    where: dict[str, Any] = {
+        "device": options.devices(device, drafter),
+        "allow_fallback": allow_fallback,
+    }
     where |= {"drafter": drafter, "on_fallback": note, "on_placement": note_lines}
     with reporter(_QUIET_S) as show, load(model, threads=threads, **where) as text:
         show.close()

@@ -120,7 +120,8 @@ def measure_model(
     manifest.check_files(folder)
     count = SessionOptions(threads=threads or best_threads(manifest)).resolved_threads()
     costs = measured_target(manifest, folder, device, count, show, DEEP, fresh)
-    context = DrafterContext(manifest, folder, threads=count)
+    # One thread, as `--device auto` places them.
+    context = DrafterContext(manifest, folder, threads=1)
     key = costs_key(manifest, "cpu", count)
     drafters = measured_drafters(context, key, show, fresh)
     bandwidth = measured_bandwidth(fresh)

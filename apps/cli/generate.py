@@ -167,7 +167,7 @@ def _request(given: dict[str, Any]) -> Request:
         context=options.context_policy(given["context"]),
         drafter=given["drafter"],
         accept=options.accept_rule(given["accept"], given["drafter"]),
-        device=given["device"],
+        device=options.devices(given["device"], given["drafter"]),
         allow_fallback=given["allow_fallback"],
     )
 
@@ -212,7 +212,7 @@ def _answer_one(
     as_json: bool,
     stats: bool,
 ) -> None:
-    from forerun.runtime.text import load
+    from forerun.runtime.load import load
 
     with (
         reporter(_QUIET_S) as show,

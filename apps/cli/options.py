@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional, cast
 import typer
 
 from forerun.apps.cli.report import note
+from forerun.devices.request import parse_devices
 from forerun.errors import OptionError, PromptError
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ DrafterName = Annotated[
     typer.Option(
         "--drafter",
         metavar="NAME|PATH",
-        show_default="auto where it cannot change the text (int4-exact), else none",
+        show_default="auto where it cannot change the text (int4-exact), else none; "
+        "with --device auto what was measured to be best",
         help="Guess ahead, several tokens at a time, with the same text: ngram, recycle, "
         "ngram+recycle, head, model, model+ngram, auto, or a drafter's folder; none turns it off.",
     ),
@@ -113,7 +115,7 @@ Device = Annotated[
 ]
 AllowFallback = Annotated[
     bool,
-    typer.Option("--allow-fallback", help="Go on on the CPU if that device is missing or fails."),
+    typer.Option("--allow-fallback", help="Go on on the CPU if the model's device fails."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 StatsLine = Annotated[bool, typer.Option("--stats", help="Print the measured figures to stderr.")]
@@ -198,6 +200,20 @@ def accept_rule(value: str, drafter: str) -> str:
         if drafter in ("none", DEFAULT_DRAFTER):
             raise OptionError("--accept relaxed needs a drafter; add --drafter, e.g. ngram")
         note("--accept relaxed is lossy: the text may differ from what the model itself would say")
+    return value
+
+
+def devices(value: str, drafter: str) -> str:
+    """Return the devices; a place for a drafter that there is none of is refused.
+
+    Raises:
+        OptionError: the text is no choice of devices, or places a draft model without naming one.
+    """
+    placed = parse_devices(value).draft
+    if placed not in (None, "cpu") and drafter in ("none", DEFAULT_DRAFTER):
+        raise OptionError(
+            f"--device draft={placed} places a draft model, and there is none; add --drafter model"
+        )
     return value
 
 

@@ -9,6 +9,7 @@ import typer
 from forerun.apps.cli import options
 from forerun.apps.cli.output import emit, emit_json, emit_table
 from forerun.apps.cli.progress import reporter
+from forerun.apps.cli.report import note
 from forerun.errors import OptionError
 
 HELP = """Fetch a model and make a checked bundle of it.
@@ -16,7 +17,8 @@ HELP = """Fetch a model and make a checked bundle of it.
 The weights are fetched, verified, exported and quantized, and the result is checked.
 
 The path of the bundle is printed. An interrupted pull goes on where it was; a model that is here
-already is not fetched again. Models live in ~/.forerun, or in the folder FORERUN_HOME names.
+already is not fetched again, and a bundle that an older forerun made is made again. Models live in
+~/.forerun, or in the folder FORERUN_HOME names.
 
 \b
 forerun pull smollm2-135m
@@ -69,6 +71,7 @@ def pull(
             variant=suffix or variant,
             accept_terms=accept_terms,
             progress=show,
+            note=note,
             capacity=capacity,
             force=force,
         )

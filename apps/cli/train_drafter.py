@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,10 +18,15 @@ HELP = """Train a drafter for a model.
 
 The model answers prompts made from templates, and the drafter learns to guess its tokens: a head
 from the model's hidden states, a model from the text alone. Takes hours; Ctrl-C or --max-minutes
-stop it, and the same command with the same --work goes on. Needs the extra: forerun[train].
+stop it, and the same command with the same --work goes on. --head-of names a form of the same
+model whose output head is taken instead, e.g. fp32 for labels without rounding. Needs PyTorch:
+
+\b
+pip install "forerun[train]"
 
 \b
 forerun train-drafter --model smollm2-135m --max-minutes 240
+forerun train-drafter --model smollm2-135m:int4-exact --head-of smollm2-135m:fp32
 forerun train-drafter --kind model --work ./training --out ./my-drafter
 """
 
@@ -60,26 +67,26 @@ def train_drafter(
     from forerun.export.training.train import KINDS, TrainRequest, require_torch
     from forerun.export.training.train import train_drafter as run
 
+    require_torch()
     if kind not in KINDS:
         raise OptionError(f"--kind {kind!r} is not known; it can be {' or '.join(KINDS)}")
-    require_torch()
     from forerun.devices.home import find_bundle, home
     from forerun.export.training.place import check_place
 
-    bundle = find_bundle(model)
+    bundle = Path(os.path.abspath(find_bundle(model)))
+    head = Path(os.path.abspath(find_bundle(head_of))) if head_of else None
     place = out or bundle.parent / "drafters" / kind
     check_place(place)
     request = TrainRequest(
         kind=kind,
         bundle=bundle,
         out=place,
-        work=work or home() / "training" / bundle.parent.name,
-        head_bundle=find_bundle(head_of) if head_of else None,
+        work=work or home() / "training" / bundle.parent.name / bundle.name,
+        head_bundle=head,
         tokens=tokens,
         minutes=max_minutes,
         seed=seed,
-        command=f"forerun train-drafter --kind {kind} --model {Path(model).name} "
-        f"--tokens {tokens} --seed {seed}",
+        command=command_of(kind, bundle, head, tokens, max_minutes, seed),
     )
     with reporter() as show:
         scores = run(request, progress=show)
@@ -87,3 +94,40 @@ def train_drafter(
         emit_json({"kind": kind, "path": str(place), "acceptance": scores})
     else:
         emit(f"{place}\n")
+
+
+def command_of(
+    kind: str, bundle: Path, head: Path | None, tokens: int, minutes: float, seed: int
+) -> str:
+    """The command that trains the same drafter elsewhere.
+
+    Defaults are spelt out, as a later version may have others. --out and --work are places on
+    this machine and change nothing.
+
+    Args:
+        kind: of the drafter.
+        bundle: folder of the target.
+        head: folder of the bundle whose output head is used.
+        tokens: of answers.
+        minutes: for data and training.
+        seed: of both.
+    """
+    given = {
+        "--kind": kind,
+        "--model": _name_of(bundle),
+        "--head-of": _name_of(head) if head else None,
+        "--tokens": str(tokens),
+        "--max-minutes": f"{minutes:g}",
+        "--seed": str(seed),
+    }
+    words = [word for name, value in given.items() if value is not None for word in (name, value)]
+    return shlex.join(["forerun", "train-drafter", *words])
+
+
+def _name_of(bundle: Path) -> str:
+    """``NAME:VARIANT`` of a pulled model; of any other bundle what its folder is called."""
+    from forerun.devices.home import home
+
+    if bundle.parent.parent == Path(os.path.abspath(home())) / "models":
+        return f"{bundle.parent.name}:{bundle.name}"
+    return bundle.name

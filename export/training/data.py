@@ -54,20 +54,19 @@ class TokenStore:
         folder: of the files.
         taps: states per token; needed when the store is new.
         hidden: width of a state; needed when the store is new.
-        **facts: stored beside the data when it is new, e.g. what wrote it.
 
     Raises:
         BundleError: the store does not exist and no sizes are given, or they differ.
     """
 
-    def __init__(self, folder: Path, taps: int = 0, hidden: int = 0, **facts: Any) -> None:
+    def __init__(self, folder: Path, taps: int = 0, hidden: int = 0) -> None:
         self.folder = Path(folder)
         meta = self.folder / META_NAME
         if not meta.exists():
             if not (taps and hidden):
                 raise BundleError(f"{folder} holds no training data")
             self.folder.mkdir(parents=True, exist_ok=True)
-            meta.write_text(json.dumps({"taps": taps, "hidden": hidden, **facts}))
+            meta.write_text(json.dumps({"taps": taps, "hidden": hidden}))
         self.meta = json.loads(meta.read_text())
         if taps and (self.meta["taps"], self.meta["hidden"]) != (taps, hidden):
             raise BundleError(f"{folder} holds data of another model; choose another folder")

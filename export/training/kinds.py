@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-from forerun.errors import OptionError
 from forerun.export.graph import FINAL_NORM, default_taps
 from forerun.export.training.check import check_draft, check_head
 from forerun.export.training.draft import draft_from_target, draft_loss, draft_scores
@@ -32,13 +32,12 @@ _CAPACITY = 8192
 
 
 class DrafterKind(Protocol):
-    """What `train` needs to know of a kind.
+    """What `train` needs to know of a kind."""
 
-    Attributes:
-        features: states of the data that it reads.
-    """
-
-    features: tuple[int, ...]
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Which states of the data it reads."""
+        ...
 
     def trainer(self, batches: Batches, minutes: float) -> Trainer:
         """A trainer that has this much time, resumed from its checkpoint if there is one."""
@@ -152,9 +151,8 @@ class ModelKind(_Kind):
     def trainer(self, batches: Batches, minutes: float) -> Trainer:
         """A trainer that begins with some of the target's layers."""
         count = self.target.model.layers
-        chosen = self.request.layers or tuple(sorted({0, min(1, count - 1), count - 1}))
-        if not all(0 <= layer < count for layer in chosen):
-            raise OptionError(f"layers must be in 0..{count - 1}, got {chosen}")
+        # Two from its beginning and its last.
+        chosen = tuple(sorted({0, min(1, count - 1), count - 1}))
         model = draft_from_target(
             self.request.bundle, self.request.head_bundle, batches.vocab, chosen
         )
@@ -181,4 +179,6 @@ class ModelKind(_Kind):
         write_drafter_files(folder, facts, vocab.ids, manifest)
 
 
-DRAFTERS = {kind.kind: kind for kind in (HeadKind, ModelKind)}
+DRAFTERS: dict[str, Callable[[TrainRequest, Manifest], DrafterKind]] = {
+    kind.kind: kind for kind in (HeadKind, ModelKind)
+}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from forerun.runtime.drafting.folder import DRAFTER_NAME, FORMAT_VERSION
 from forerun.runtime.manifest import (
     Check,
     FileEntry,
@@ -20,10 +21,8 @@ from forerun.runtime.manifest import (
     seal,
 )
 
-DRAFTER_NAME = "drafter.json"
 VOCAB_NAME = "vocab.i32"
 CARD_NAME = "README.md"
-FORMAT_VERSION = 1
 _UNLISTED = (DRAFTER_NAME, ".verified.json")
 
 
@@ -94,6 +93,12 @@ def write_drafter_files(
     (folder / DRAFTER_NAME).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
+def form_of(manifest: Manifest) -> str:
+    """What users call the form of a bundle's weights."""
+    method = manifest.quantization.method
+    return "fp32" if method == "none" else method
+
+
 def _source(target: Manifest) -> Source:
     origin = f"trained on answers of {target.name}, with parts of its weights"
     return Source(origin, target.source.licence, target.source.sha256)
@@ -136,12 +141,12 @@ def _card(facts: DrafterFacts, vocab: int) -> str:
         "",
         _WHAT[facts.kind],
         "",
-        f"- target: {target.name} (tokenizer {target.tokenizer.sha256[:12]})",
+        f"- target: {target.name}, {form_of(target)} (tokenizer {target.tokenizer.sha256[:12]})",
         f"- licence: {target.source.licence}, as its target, whose weights it starts from",
         f"- draft vocabulary: {vocab} of {target.model.vocab} ids",
         "- training data: answers of the target itself to prompts made from templates",
-        *(f"- {name.replace('_', ' ')}: {value:,.4g}" for name, value in facts.training.items()),
-        *([f"- command: `{facts.command}`"] if facts.command else []),
+        *(f"- {name.replace('_', ' ')}: {_shown(value)}" for name, value in facts.training.items()),
+        *(_how(facts.command) if facts.command else []),
         "",
     ]
     if scores:
@@ -165,3 +170,14 @@ def _card(facts: DrafterFacts, vocab: int) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _how(command: str) -> list[str]:
+    return [
+        f"- command: `{command}`",
+        '- it needs `pip install "forerun[train]"`, and the bundles it names, pulled before',
+    ]
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

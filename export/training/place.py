@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from forerun.errors import OptionError
-from forerun.export.training.pack import DRAFTER_NAME
+from forerun.export.bundle import folder_aside
+from forerun.runtime.drafting.folder import DRAFTER_NAME
 
 
 @contextlib.contextmanager
@@ -24,17 +22,8 @@ def drafter_folder(out: Path) -> Iterator[Path]:
     """
     out = Path(out).absolute()
     check_place(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
-    try:
+    with folder_aside(out) as temporary:
         yield temporary
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_place(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Texts that prompts are made of. Slots: `prompts.SLOTS`."""
+"""Texts that prompts are made of. `prompts.fill` fills the slots."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +39,14 @@ def templates() -> list[tuple[str, str, bool]]:
     """All templates as (category, text, held out); numbers of templates count these."""
     kept = [(c, t, False) for c, group in texts.TEMPLATES.items() for t in group]
     return kept + [(c, t, True) for c, group in texts.HELD_OUT.items() for t in group]
+
+
+def fingerprint() -> str:
+    """Hash of all but the seed that decides which prompts there are, and in which order."""
+    words = [texts.TOPICS, texts.NAMES, texts.PLACES, texts.SENTENCES, texts.BROKEN]
+    counts = [_SORTED_BATCHES, _HELD_OUT_PER_TEMPLATE, _GREEDY_EVERY]
+    parts = [templates(), *words, texts.PARAGRAPHS, counts]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def fill(template: str, rng: random.Random) -> str:

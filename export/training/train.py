@@ -16,16 +16,18 @@ from forerun.export.bundle import require_space
 from forerun.export.graph import default_taps
 from forerun.export.training.batches import Batches, DraftVocab, choose_vocab
 from forerun.export.training.data import TokenStore
+from forerun.export.training.identity import check_work, record_work, work_identity
 from forerun.export.training.place import drafter_folder
+from forerun.runtime.drafting.folder import KINDS
+from forerun.runtime.manifest import load_manifest
 
 if TYPE_CHECKING:
+    from forerun.export.training.kinds import DrafterKind
     from forerun.export.training.loop import Trainer, TrainState
     from forerun.runtime.manifest import Manifest
 
     Progress = Callable[[str, int, int | None], None]
 
-KINDS = ("head", "model")
-STEPS = 3
 _VOCAB = 8192
 # Small, since a training on few cores is short of steps rather than of precision.
 _BATCH = 4
@@ -49,8 +51,6 @@ class TrainRequest:
         tokens: answer tokens to train on.
         minutes: time for everything.
         seed: of prompts, sampling and the order of the data.
-        layers: layers of the target that a draft model is made of; None takes two from its
-            beginning and its last.
         command: for the card.
     """
 
@@ -62,7 +62,6 @@ class TrainRequest:
     tokens: int = 1_000_000
     minutes: float = 240.0
     seed: int = 0
-    layers: tuple[int, ...] | None = None
     command: str = ""
 
 
@@ -77,13 +76,14 @@ def train_drafter(request: TrainRequest, progress: Progress | None = None) -> di
         `Scores.facts` of the trained drafter on the held-out answers.
 
     Raises:
-        OptionError: an unknown kind, a layer that is not there, or too little time.
+        OptionError: an unknown kind, an output head of other sizes, a work folder of another
+            training, or too little time.
         UnsupportedError: PyTorch is missing, or the target is of a kind that cannot be trained
             for.
     """
+    require_torch()
     if request.kind not in KINDS:
         raise OptionError(f"--kind must be {' or '.join(KINDS)}, got {request.kind!r}")
-    require_torch()
     require_space(request.work, request.tokens * _BYTES_PER_TOKEN, "the training data")
     report = progress or (lambda stage, done, total: None)
     begin = time.monotonic()
@@ -113,16 +113,19 @@ def require_torch() -> None:
     """
     if importlib.util.find_spec("torch") is None:
         raise UnsupportedError(
-            "training needs PyTorch, which is not installed: pip install 'forerun[train]'"
+            'training needs PyTorch, which is not installed: pip install "forerun[train]"'
         )
 
 
 def _data(request: TrainRequest, begin: float, report: Progress) -> tuple[TokenStore, Manifest]:
     from forerun.export.training.target import TAP_FINAL, TorchTarget
-    from forerun.export.training.write import write_data
-    from forerun.runtime.manifest import load_manifest
+    from forerun.export.training.write import Sampling, write_data
 
     manifest = load_manifest(request.bundle)
+    _check_head(manifest, request.head_bundle)
+    sampling = Sampling()
+    identity = work_identity(request.bundle, request.head_bundle, request.seed, sampling)
+    check_work(request.work, identity)
     folder = request.work / "data"
     taps = default_taps(manifest.model.layers)
     try:
@@ -131,16 +134,31 @@ def _data(request: TrainRequest, begin: float, report: Progress) -> tuple[TokenS
         store = None
     if store is None or store.answer_tokens < request.tokens:
         target = TorchTarget(request.bundle, request.head_bundle, (*taps, TAP_FINAL))
+        record_work(request.work, identity)
         store = write_data(
             target,
             request.bundle,
             folder,
             tokens=request.tokens,
             seed=request.seed,
+            sampling=sampling,
             progress=lambda done, total: report("write answers", min(done, total), total),
             until=begin + 60 * _DATA_SHARE * request.minutes,
         )
     return store, manifest
+
+
+def _check_head(manifest: Manifest, head_bundle: Path | None) -> None:
+    """Refuse an output head that does not fit the target's last state or ids."""
+    if head_bundle is None:
+        return
+    head = load_manifest(head_bundle)
+    sizes = [(m.model.vocab, m.model.hidden) for m in (head, manifest)]
+    if sizes[0] != sizes[1]:
+        raise OptionError(
+            f"the output head of {head.name} has {sizes[0][0]} ids and width {sizes[0][1]}, "
+            f"{manifest.name} has {sizes[1][0]} and {sizes[1][1]}; give another --head-of"
+        )
 
 
 def _vocab(work: Path, store: TokenStore, manifest: Manifest) -> DraftVocab:
@@ -161,7 +179,7 @@ def _tick(trainer: Trainer, report: Progress) -> Callable[[TrainState], None]:
 
 
 def _log(
-    request: TrainRequest, trainer: Trainer, drafter: Any, batches: Batches
+    request: TrainRequest, trainer: Trainer, drafter: DrafterKind, batches: Batches
 ) -> Callable[[TrainState], None]:
     """Return what writes a line on the course of the training into the work folder."""
     path = request.work / f"{request.kind}.log"

@@ -75,7 +75,7 @@ def write_data(
         until: `time.monotonic` after which no further batch is begun.
     """
     sampling = sampling or Sampling()
-    store = TokenStore(folder, len(target.taps), target.hidden, target=target.manifest.name)
+    store = TokenStore(folder, len(target.taps), target.hidden)
     limit = target.manifest.kv.capacity - sampling.new_tokens
     encode = prompt_encoder(target, bundle)
     numbered = enumerate(prompt_batches(seed, batch, encode, limit))

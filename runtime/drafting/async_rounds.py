@@ -172,10 +172,13 @@ class AsyncRounds:
         block, self._block = self._block, TokenTree.EMPTY
         if not length:
             return TokenTree.EMPTY
+        before = self.ahead.redrafts
         if not len(block) and self._overlap.redrafts:
             block = self._redraft(length, depth)
         space = min(self._cache.capacity - depth - 1, room - 1)
-        return self._policy.prune(block.limited(space, space), 0.0, depth)
+        # What was drafted beside a verification cost the target no time.
+        waited = self.ahead.redrafts - before
+        return self._policy.prune(block.limited(space, space), waited, depth)
 
     def _redraft(self, length: int, depth: int) -> TokenTree:
         drafted = 0
@@ -278,6 +281,6 @@ def check_ahead(drafter: Drafter) -> AheadDrafter:
     if isinstance(drafter, AheadDrafter) and not drafter.needs_features:
         return drafter
     raise UnsupportedError(
-        f"the drafter {drafter.name} cannot draft behind unverified text; take the schedule "
-        "serial, or a draft model"
+        f"the drafter {drafter.name} cannot draft behind unverified text; load the model with "
+        "the schedule serial, or take a draft model"
     )

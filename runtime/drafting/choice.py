@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from forerun.errors import OptionError, UnsupportedError
 from forerun.runtime.drafting.accept import ACCEPT_RULES
+from forerun.runtime.drafting.async_rounds import check_ahead
 from forerun.runtime.drafting.drafter import Drafter
 from forerun.runtime.drafting.fixed import DraftPolicy, FixedPolicy
 from forerun.runtime.drafting.plan import DraftPlan, PlainCosts, check_name
@@ -89,7 +90,7 @@ class Drafters:
 
         Raises:
             OptionError: the drafter or the rule is not known, or a rule is given without a drafter.
-            UnsupportedError: the drafter does not fit the model.
+            UnsupportedError: the drafter does not fit the model, or cannot follow the schedule.
         """
         check_name("accept", accept, ACCEPT_RULES)
         chosen = self._default if drafter in (None, DEFAULT_DRAFTER) else drafter
@@ -105,6 +106,8 @@ class Drafters:
                 f"the drafter {found.name} reads hidden states that {self._manifest.name} does not "
                 "give; pull or export the model again, or take another drafter"
             )
+        if SCHEDULES[self._schedule].overlap is not None:
+            check_ahead(found)
         means = self._known_means()
         return DraftPlan(
             found,

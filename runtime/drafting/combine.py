@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from forerun.errors import OptionError
 from forerun.runtime.drafting.drafter import Outcome
@@ -211,12 +211,13 @@ class Speculative(_Combined):
                 f"{model.name} must be a drafter with a model of its own, and the guesses at "
                 f"least 1, got {most}"
             )
+        self._reader = cast("Reader", model)
         self._most = most
         self.proposes_trees = False
 
     def propose(self, budget: int, keep_going: KeepGoing | None = None) -> TokenTree:
         """The model's chain."""
-        model, helper = self.parts
+        helper = self.parts[1]
         tokens: list[int] = []
         confidences: list[float] = []
         value = 1.0
@@ -225,14 +226,14 @@ class Speculative(_Combined):
                 break
             room = min(self._most, budget - len(tokens) - 1)
             guess = _chain_behind(helper, self._length, tokens, room)
-            new, sure = model.advance(tokens, guess)  # type: ignore[attr-defined]
+            new, sure = self._reader.advance(tokens, guess)
             if not new:
                 break
             tokens += new
             confidences += sure
             for confidence in sure:
                 value *= confidence
-        return TokenTree.chain(tokens, confidences, model.name)
+        return TokenTree.chain(tokens, confidences, self._reader.name)
 
 
 def _chain_behind(helper: Drafter, length: int, tokens: list[int], room: int) -> tuple[int, ...]:

@@ -29,6 +29,8 @@ _REPEATS, _MOST_REPEATS = 3, 7
 _ALIKE = 1.15
 # A remembered table is taken for true if a step is timed within this factor of it, in this time.
 _DRIFT, _CHECK_S = 1.6, 0.05
+# Steps of very small models scatter by more than that, and it does not matter.
+_ALIKE_S = 0.0004
 _BUDGET_S = 2.0
 _ROUND_S = 1e-4
 
@@ -256,11 +258,13 @@ def target_costs(
     """
     key = costs_key(runner.manifest, device, threads or getattr(runner, "threads", 0))
     known = None if fresh else remembered_costs(key)
+    # A slow device was measured with fewer rows, and is again.
+    rows = known.rows if known else ROWS
     if known is not None and not runner.arena.length and not _still_true(runner, known):
         known = None
     if known is None or not reaches(known, depths, runner.arena.capacity):
         budget = _BUDGET_S if depths == DEPTHS else math.inf
-        known = measure_costs(runner, depths, progress=progress, budget=budget)
+        known = measure_costs(runner, depths, rows, progress=progress, budget=budget)
         remember_costs(key, known)
     return known
 
@@ -278,7 +282,8 @@ def _still_true(runner: Measurable, known: StepCosts) -> bool:
             best = min(best, _timed(runner, 1, depth))
     finally:
         runner.arena.rewind(0)
-    return 1 / _DRIFT < best / known.step(1, depth) < _DRIFT
+    table = known.step(1, depth)
+    return abs(best - table) < _ALIKE_S or 1 / _DRIFT < best / table < _DRIFT
 
 
 def _passes(

@@ -107,9 +107,11 @@ class HeadDrafter:
 
     def _take(self, features: np.ndarray | None, row: int) -> None:
         """Keep one row of the features, the one before the anchor."""
-        self._is_ready = features is not None and len(features) > 0 and len(self._ids) > 1
-        if self._is_ready:
-            self._network.features[0] = features[row]  # type: ignore[index]
+        self._is_ready = False
+        if features is None or not len(features) or len(self._ids) < 2:
+            return
+        self._network.features[0] = features[row]
+        self._is_ready = True
 
 
 class HeadNetwork:

@@ -13,8 +13,8 @@ import numpy as np
 
 from forerun.errors import OptionError
 from forerun.runtime.drafting.coupled import CoupledPick
-from forerun.runtime.drafting.suffix import common_prefix
 from forerun.runtime.drafting.tree import TokenTree
+from forerun.runtime.prefix import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

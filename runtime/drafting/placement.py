@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from forerun.devices.threads import usable_cores
-from forerun.errors import DeviceError
+from forerun.errors import DeviceError, UnsupportedError
 from forerun.runtime.drafting import formulas
 from forerun.runtime.drafting.costs import StepCosts
 
@@ -142,7 +142,8 @@ def _pearl(case: _Case, gamma: int) -> float:
 
 def _duo(case: _Case, gamma: int) -> float:
     d = case.drafter
-    best = 0.0
+    # With one branch it is PEARL, and what more of them add is not known without their chances.
+    best = 0.0 if d.firsts else _pearl(case, gamma)
     for branches in range(2, min(len(d.firsts), _MOST_BRANCHES, gamma // 2) + 1):
         length = gamma // branches
         r = formulas.shared_memory(case.r(length), case.kappa)
@@ -175,6 +176,7 @@ def choose_placement(
     *,
     is_chosen: bool = False,
     schedule: str | None = None,
+    drafted_on: str | None = None,
 ) -> Placement:
     """The fastest way to run, by the formulas for the expected time of a token.
 
@@ -188,16 +190,19 @@ def choose_placement(
             those of this process.
         is_chosen: one of these drafters will be used even if plain decoding is faster.
         schedule: the only one to consider; None for all.
+        drafted_on: the only device of the target on which to draft; None for all.
 
     Raises:
         DeviceError: there is no device for the target.
+        UnsupportedError: none of the drafters can follow the schedule that was asked for here.
     """
     cores = usable_cores() if cores is None else cores
     if not targets:
         raise DeviceError("no device here can run this model; `forerun devices` lists what is here")
     found = [p for target in targets for p in _options(target, drafters, kappa, depth, cores)]
+    found = [p for p in found if p.draft is None or drafted_on in (None, p.target)]
     if schedule is not None:
-        found = [p for p in found if p.schedule in (PLAIN, schedule)]
+        found = _following(schedule, found, drafters)
     allowed = [p for p in found if p.draft is not None] if is_chosen else found
     best = min(allowed or found, key=lambda p: p.seconds_per_token)
     # What is simpler wins unless the other is clearly faster: plain, then serial.
@@ -208,6 +213,19 @@ def choose_placement(
             best = rival
             break
     return _explained(best, found)
+
+
+def _following(
+    schedule: str, found: Sequence[Placement], drafters: Sequence[DrafterPlace]
+) -> list[Placement]:
+    """What follows a schedule that was asked for, and plain decoding."""
+    followed = [p for p in found if p.schedule in (PLAIN, schedule)]
+    if drafters and not any(p.schedule == schedule for p in followed):
+        raise UnsupportedError(
+            f"the schedule {schedule} needs a draft model and a device or core of its own for it; "
+            "take serial, or name such a drafter and a device for it"
+        )
+    return followed
 
 
 def _options(

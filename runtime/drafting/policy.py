@@ -63,12 +63,11 @@ POLICIES: dict[str, PolicyRow] = {
 }
 
 
-def make_policy(name: str, guide: Guide) -> DraftPolicy:
-    """Build a policy.
+def check_policy(name: str) -> tuple[str, int]:
+    """Read the name of a policy: its row, and its number of tokens.
 
     Args:
         name: one of `POLICIES`; ``fixed:N`` sets the number of tokens, 0 to 64.
-        guide: costs and acceptance of the target.
 
     Raises:
         OptionError: there is no such policy, or it takes no number, or none like this.
@@ -80,7 +79,21 @@ def make_policy(name: str, guide: Guide) -> DraftPolicy:
         )
     if colon and not (number.isascii() and number.isdigit() and int(number) <= _MOST):
         raise OptionError(f"the policy is {name!r}; fixed:N needs a number from 0 to {_MOST}")
-    return POLICIES[kind].make(guide, int(number) if colon else DEFAULT_BUDGET)
+    return kind, int(number) if colon else DEFAULT_BUDGET
+
+
+def make_policy(name: str, guide: Guide) -> DraftPolicy:
+    """Build a policy.
+
+    Args:
+        name: as in `check_policy`.
+        guide: costs and acceptance of the target.
+
+    Raises:
+        OptionError: as `check_policy`.
+    """
+    kind, nodes = check_policy(name)
+    return POLICIES[kind].make(guide, nodes)
 
 
 def policy_maker(costs: StepCosts, name: str = DEFAULT_POLICY) -> Callable[[Drafter], DraftPolicy]:
@@ -91,7 +104,7 @@ def policy_maker(costs: StepCosts, name: str = DEFAULT_POLICY) -> Callable[[Draf
     Raises:
         OptionError: as `make_policy`, at once.
     """
-    make_policy(name, Guide.of(costs))
+    check_policy(name)
 
     def make(drafter: Drafter) -> DraftPolicy:
         guide = Guide.of(costs)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from forerun.errors import OptionError
+from forerun.runtime.prefix import common_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,12 +81,3 @@ class SuffixIndex:
         while end >= 0 and limit > 0:
             yield end
             end, limit = self._older[end], limit - 1
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first ids two lists share."""
-    length = min(len(a), len(b))
-    if list(a[:length]) == list(b[:length]):
-        return length
-    differs = np.asarray(a[:length], np.int64) != np.asarray(b[:length], np.int64)
-    return int(differs.argmax())

@@ -21,7 +21,6 @@ from forerun.runtime.drafting.costs import (
     StepCosts,
     costs_key,
     measure_costs,
-    reaches,
     remember_costs,
     remembered_costs,
     target_costs,
@@ -128,27 +127,26 @@ def measured_target(
     fresh: bool = False,
     limit: float = math.inf,
 ) -> StepCosts:
-    """Costs of a model's steps; it is opened only if they are not remembered.
+    """Costs of a model's steps: remembered ones that are still true, else measured now.
 
-    With a `limit` one step is timed first. What it took is remembered too if it was too long.
+    With a `limit` one step is timed before anything else is measured. What it took is remembered
+    too if it was too long.
 
     Raises:
         TooSlowError: a step of one row takes longer than `limit` seconds.
         BundleError: the bundle has no form for the device.
         DeviceError: the device is not here, or cannot run the graph.
     """
-    known = None if fresh else remembered_costs(costs_key(manifest, device, threads))
-    if known is not None and reaches(known, depths, manifest.kv.capacity):
-        return known
     key, slow = costs_key(manifest, device, threads), Remembered("slow")
-    seconds: Any = None if fresh else slow.read(key)
+    known = None if fresh else remembered_costs(key)
+    seconds: Any = None if fresh or known else slow.read(key)
     if _is_rate(seconds) and seconds > limit:
         raise TooSlowError(device, seconds)
     from forerun.runtime.open import open_runner
 
     runner: Any = open_runner(manifest, folder, device=device, threads=threads)
     try:
-        if limit < math.inf:
+        if known is None and limit < math.inf:
             seconds = _step_seconds(runner)
             if seconds > limit:
                 slow.write(key, seconds)
@@ -171,8 +169,10 @@ def measured_drafters(
 ) -> list[DraftCosts]:
     """Costs of every single drafter that is here for a target, on the context's device.
 
-    Drafters without a model are measured on the CPU only. Of one that needs longer than `limit`
-    seconds for a token, that is all that is measured.
+    Drafters without a model are measured on the CPU only.
+
+    Raises:
+        DeviceError: one needs longer than `limit` seconds for a token.
     """
     found: list[DraftCosts] = []
     names = [name for name in _SINGLE if _fits(name, context)]
@@ -204,6 +204,7 @@ def place(
     *,
     is_chosen: bool = False,
     schedule: str | None = None,
+    drafted_on: str | None = None,
 ) -> Placement:
     """Choose where target and drafter run, from measurements.
 
@@ -222,9 +223,11 @@ def place(
         is_chosen: the drafter will be used whatever is measured, and ``auto`` is the one of that
             name.
         schedule: the only one to consider; None for all.
+        drafted_on: the only device of the target on which to draft; None for all.
 
     Raises:
         DeviceError: the target can run on none of the allowed devices.
+        UnsupportedError: nothing here can follow the schedule.
         BundleError: the bundle has no form for the one device that was asked for.
     """
     from forerun.runtime.probe import best_threads
@@ -246,6 +249,7 @@ def place(
         cores=usable_cores(),
         is_chosen=is_chosen,
         schedule=schedule,
+        drafted_on=drafted_on,
     )
     return dataclasses.replace(chosen, reason="; ".join([chosen.reason, *out.values()]))
 

@@ -296,12 +296,19 @@ def test_options_out_of_range(bad):
         Options(**bad)
 
 
+def test_a_simulation_needs_greedy_answers_and_says_so_before_it_loads(monkeypatch, capsys):
+    monkeypatch.setattr(draft, "_open", lambda options: pytest.fail("the model was loaded"))
+    assert main(["bench", "draft", "--simulate", "--temperatures", "0.8,1"]) == 2
+    assert "add 0 to --temperatures" in capsys.readouterr().err
+    assert Options(simulate=True, temperatures=(0.8, 0.0)).simulate
+
+
 def simulated_row():
     """A row with 2 in every number."""
     values = {
         field.name: 2.0 if "float" in str(field.type) else 2 for field in fields(SimulatedRow)
     }
-    return SimulatedRow(**{**values, "schedule": "serial"})
+    return SimulatedRow(**{**values, "schedule": "optimistic"})
 
 
 def test_simulated_figures_are_called_so(ready, monkeypatch, capsys):
@@ -316,7 +323,9 @@ def test_simulated_figures_are_called_so(ready, monkeypatch, capsys):
     options = Options(limit=2, repeat=2, simulate=True, categories=("json",))
     result = draft.run(options)
     assert result["simulated"] == [asdict(row)]
-    assert "SIMULATION" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "SIMULATION" in shown
+    assert "optimistic" in shown, "a schedule's name is never cut"
     texts = [prompt.text for prompt in load_prompts(["json"], 2)]
     assert given == [(ready.ids(text), tuple(range(1, 12))) for text in texts]
 
@@ -384,6 +393,14 @@ def test_the_simulation_runs_the_draft_model_on_the_answers(monkeypatch, tmp_pat
     assert closed == [True]
 
 
+@pytest.mark.parametrize(("speedup", "told"), [(1.06, False), (0.8, True)])
+def test_a_disturbed_simulation_says_so(ready, monkeypatch, speedup, told):
+    row = {**asdict(simulated_row()), "speedup": speedup, "replayed": 1.0}
+    monkeypatch.setattr(draft, "simulated", lambda *given: [row])
+    result = draft.run(Options(limit=1, repeat=1, simulate=True, categories=("json",)))
+    assert any("off its own times" in line for line in result["warnings"]) == told
+
+
 def test_no_draft_model_no_simulation(ready, monkeypatch):
     def simulated(manifest, options, answers):
         raise OptionError("there is no model drafter")
@@ -392,6 +409,11 @@ def test_no_draft_model_no_simulation(ready, monkeypatch):
     result = draft.run(Options(limit=1, repeat=1, simulate=True, categories=("json",)))
     assert result["simulated"] == []
     assert result["left_out"]["simulation"] == "there is no model drafter"
+
+
+def test_the_legend_tells_the_limit_that_counts(monkeypatch):
+    monkeypatch.setattr(draft_plot, "SCATTER_LIMIT", 0.35)
+    assert "more than 35%" in draft_plot.plot({"rows": [], "model": "m"})
 
 
 def test_plot_of_nothing_and_of_a_wrong_name(tmp_path):

@@ -135,10 +135,10 @@ def test_rounds_go_as_they_are_counted(monkeypatch, schedule, gamma):
             replay, "wait_until", lambda end: rounds._worker and rounds._worker._latest.wait()
         )
     for recording, guesses in zip(RECORDINGS, known.guesses, strict=True):
-        before = policy.rounds
+        before = policy.counts.rounds
         play(target, cache, rounds, recording)
         expected = REPLAYS[schedule](guesses, gamma)
-        assert policy.rounds - before == expected.rounds
+        assert policy.counts.rounds - before == expected.rounds
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.5, 4), (0.8, 6)])

@@ -32,6 +32,8 @@ def test_a_device_that_is_not_here_is_told(forerun):
         (("--device", "target=cpu,draft"), "names no device"),
         (("--device", "main=cpu"), "not understood"),
         (("--device", "draft=webgpu", "--drafter", "ngram"), "runs on the cpu, not on webgpu"),
+        (("--device", "draft=webgpu"), "there is none; add --drafter model"),
+        (("--device", "draft=webgpu", "--drafter", "none"), "there is none; add --drafter model"),
     ],
 )
 def test_what_cannot_be_is_refused(forerun, options, text):
@@ -124,9 +126,12 @@ def test_without_a_wish_drafters_are_up_for_choice_on_row_exact_bundles_only(
     assert placed.asked["drafter"] == "auto" and not placed.asked["is_chosen"]
 
 
-def test_the_chosen_schedule_and_threads_are_used_unless_one_is_given(forerun, placed):
-    from forerun.runtime.text import load
+def test_the_chosen_schedule_and_threads_are_used_unless_one_is_given(forerun, placed, monkeypatch):
+    from forerun.runtime.drafting import choice
+    from forerun.runtime.load import load
 
+    # The drafter of the stand-in cannot run ahead, which is not what this is about.
+    monkeypatch.setattr(choice, "check_ahead", lambda drafter: drafter)
     told = []
     placed.answer = dataclasses.replace(CHOICE, schedule="pearl")
     with load(forerun.model, device="auto", on_placement=told.append) as text:
@@ -137,6 +142,19 @@ def test_the_chosen_schedule_and_threads_are_used_unless_one_is_given(forerun, p
     with load(forerun.model, device="auto", schedule="duo") as text:
         assert text._drafters.plan().schedule == "duo"
     assert placed.asked["schedule"] == "duo"
+
+
+def test_a_draft_device_that_is_open_is_chosen_too(forerun, placed):
+    stats, told = with_auto(forerun, device="target=cpu,draft=auto")
+    assert len(told) == 2 and stats["drafter"] == "ngram"
+    assert (placed.asked["request"].target, placed.asked["request"].draft) == ("cpu", None)
+
+
+def test_a_drafter_nobody_named_drafts_only_where_the_text_cannot_change(forerun, placed):
+    with_auto(forerun)
+    assert placed.asked["drafted_on"] == "cpu"
+    with_auto(forerun, "--drafter", "recycle")
+    assert placed.asked["drafted_on"] is None
 
 
 def test_nothing_is_measured_for_a_device_that_is_named(forerun, placed):

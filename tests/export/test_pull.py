@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
@@ -6,16 +7,21 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny import edit_manifest
 
-from forerun.devices.home import find_bundle, installed, model_folder
+from forerun.apps.cli.main import main
+from forerun.devices.home import VARIANTS, find_bundle, installed, model_folder
 from forerun.errors import ExportMismatch, OptionError, SpaceError, TermsError, UnknownModelError
 from forerun.export import bundle
 from forerun.export import pull as pull_module
 from forerun.export.catalog import CatalogEntry, CatalogFile, FileSource
+from forerun.export.lock import try_locked
 from forerun.export.pull import pull
+from forerun.export.recipe import RECIPE
 from forerun.quant import quantize as quantize_module
 from forerun.runtime.manifest import Quantization, load_manifest, seal
 
@@ -42,7 +48,9 @@ def place(tmp_path, monkeypatch, tiny):
     (tmp_path / "shelf").mkdir()
     path = tiny.gguf(tmp_path / "shelf" / "tiny.gguf")
     monkeypatch.setenv("FORERUN_HOME", str(tmp_path / "home"))
-    found = SimpleNamespace(home=tmp_path / "home", path=path, entry=entry_of(path), stages=[])
+    found = SimpleNamespace(
+        home=tmp_path / "home", path=path, entry=entry_of(path), stages=[], notes=[]
+    )
     monkeypatch.setattr(pull_module, "find_entry", lambda name: found.entry)
     monkeypatch.setattr(quantize_module, "quantize", fake_quantize)
 
@@ -51,7 +59,8 @@ def place(tmp_path, monkeypatch, tiny):
 
     def run(**options):
         found.stages.clear()
-        return pull("tiny", progress=progress, **options)
+        found.notes.clear()
+        return pull("tiny", progress=progress, note=found.notes.append, **options)
 
     found.pull = run
     return found
@@ -161,22 +170,161 @@ def test_a_home_that_cannot_be_used(place, monkeypatch):
 
 
 def test_what_dead_pulls_left_is_removed(place):
-    for name in ("tiny-int4", "other-fp32"):
+    for name in ("tiny-int4-exact", "other-fp32"):
         (place.home / f"models/.partial-{name}/fp32").mkdir(parents=True)
     place.pull(variant="fp32")
     assert leftovers(place) == []
 
 
-def test_what_a_living_pull_of_another_model_has_is_kept(place):
-    (place.home / "models/.partial-other-int4").mkdir(parents=True)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_living_pull_of_another_model_has_is_kept(variant, place):
+    (place.home / f"models/.partial-other-{variant}").mkdir(parents=True)
     with pull_module.locked(place.home / "models/.other.lock"):
         place.pull(variant="fp32")
-    assert leftovers(place) == [".partial-other-int4"]
+    assert leftovers(place) == [f".partial-other-{variant}"]
+
+
+def aged(folder, recipe=0):
+    """Make a bundle one of another revision, otherwise undamaged."""
+    edit_manifest(folder, lambda data: data.update(recipe=recipe))
+    return folder
+
+
+def again(label):
+    return f"{label} was made by an older forerun; making it again"
+
+
+def test_a_bundle_of_an_older_forerun_is_made_again(place):
+    folder = aged(place.pull(variant="fp32"))
+    edit_manifest(folder, lambda data: data.pop("recipe"))
+    assert place.pull(variant="fp32") == folder
+    assert place.notes == [again("tiny:fp32")] and {"export", "measure threads"} <= set(
+        place.stages
+    )
+    assert load_manifest(folder).recipe == RECIPE and not leftovers(place)
+    place.pull(variant="fp32")
+    assert place.stages == place.notes == []
+
+
+def test_what_is_made_again_keeps_its_capacity_unless_forced(place):
+    folder = aged(place.pull(variant="int4", capacity=64))
+    with pytest.raises(OptionError, match="capacity 64, not 128"):
+        place.pull(variant="int4", capacity=128)
+    place.pull(variant="int4")
+    assert place.notes == [again("tiny:int4")] and load_manifest(folder).kv.capacity == 64
+    aged(folder)
+    place.pull(variant="int4", force=True)
+    assert place.notes == [] and load_manifest(folder).kv.capacity == 128
+
+
+def test_a_bundle_of_a_newer_forerun_is_kept(place):
+    aged(place.pull(variant="fp32"), RECIPE + 1)
+    place.pull(variant="fp32")
+    assert place.stages == place.notes == []
+    folder = place.pull(variant="int8")
+    assert place.stages == ["quantize", "measure threads"] and place.notes == []
+    assert load_manifest(folder).quantization.method == "int8"
+
+
+def test_an_old_float32_bundle_is_made_again_before_it_is_quantized(place):
+    whole, small = place.pull(variant="fp32"), place.pull(variant="int8")
+    aged(whole)
+    place.pull(variant="int8")
+    assert place.stages == place.notes == [], "what is asked for is there"
+    aged(small)
+    place.pull(variant="int8")
+    assert place.notes == [again("tiny:int8"), again("tiny:fp32")]
+    assert [load_manifest(folder).recipe for folder in (whole, small)] == [RECIPE] * 2
+    assert not leftovers(place)
+    aged(whole)
+    place.pull(variant="int4", capacity=64)
+    assert place.notes == [] and load_manifest(whole).recipe == 0, "of another capacity"
+
+
+def test_what_could_not_be_made_again_is_still_there(place, monkeypatch):
+    folder = aged(place.pull(variant="fp32"))
+
+    def still_there():
+        assert load_manifest(folder).recipe == 0 and not leftovers(place)
+        load_manifest(folder).check_files(folder, full=True)
+
+    def stop(stage, done, total):
+        still_there_while_working.append(load_manifest(folder).recipe)
+        if stage == "check":
+            raise KeyboardInterrupt
+
+    still_there_while_working = []
+    with pytest.raises(KeyboardInterrupt):
+        pull("tiny", variant="fp32", progress=stop)
+    assert set(still_there_while_working) == {0}
+    still_there()
+
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if Path(target) == folder and self.name == "fp32":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            place.pull(variant="fp32")
+    still_there()
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(SpaceError, match="tiny:fp32"):
+            place.pull(variant="fp32")
+    still_there()
+
+
+def test_what_was_killed_between_two_renames_is_put_back(place):
+    folder = place.pull(variant="fp32")
+    work = place.home / "models/.partial-tiny-fp32"
+    work.mkdir()
+    folder.rename(work / "replaced")
+    assert place.pull(variant="fp32") == folder
+    assert place.stages == [] and not leftovers(place)
+    load_manifest(folder).check_files(folder, full=True)
+
+
+def test_the_command_says_that_it_makes_it_again(place, capsys):
+    aged(place.pull(variant="fp32"))
+    assert main(["pull", "tiny:fp32"]) == 0
+    told = capsys.readouterr()
+    assert f"forerun: {again('tiny:fp32')}\n" in told.err
+    assert told.out.strip() == str(model_folder("tiny", "fp32"))
+    assert main(["pull", "tiny:fp32"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_drafters_are_installed_under_the_lock(place, monkeypatch):
+    place.pull(variant="fp32")
+    held = []
+
+    def install(name):
+        with try_locked(place.home / "models/.tiny.lock") as mine:
+            held.append((name, not mine))
+
+    monkeypatch.setattr(pull_module, "missing_drafters", lambda name: {"there": "here"})
+    monkeypatch.setattr(pull_module, "install_drafters", install)
+    place.pull(variant="fp32")
+    place.pull(variant="int4")
+    assert held == [("tiny", True)] * 2
+
+    def full(name):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(pull_module, "install_drafters", full)
+    with pytest.raises(SpaceError, match="is full"):
+        place.pull(variant="fp32")
+    monkeypatch.setattr(pull_module, "missing_drafters", lambda name: {})
+    assert place.pull(variant="fp32") == model_folder("tiny", "fp32")
 
 
 WORKER = """
     import os, signal, sys
-    sys.path.insert(0, sys.argv[1])
+    sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
     from pathlib import Path
     from forerun.export import pull as module
     from test_pull import entry_of

@@ -62,7 +62,7 @@ def test_rows_hardly_depend_on_each_other(weights, bundle, tmp_path):
 
 
 def test_gate_refuses(bundle, tmp_path, monkeypatch):
-    strict = module.WeightFormat(4, 32, "", (), False, kl_bound=1e-9)
+    strict = module.WeightFormat(4, 32, "", (), False, kl_bound=1e-9, bytes_per_weight=1.0)
     monkeypatch.setitem(module.FORMATS, "int4", strict)
     with pytest.raises(ExportMismatch, match="KL"):
         quantize(bundle, tmp_path / "q")

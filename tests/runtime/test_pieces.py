@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forerun.runtime.pieces import HIDDEN, Piece, ancestors, cut, fill_mask
+from forerun.runtime.pieces import HIDDEN_IN_HALF, Piece, cut, fill_mask
+from forerun.runtime.rows import ancestors
 
 WIDTHS = (1, 4, 8)
 
@@ -45,5 +46,5 @@ def test_padding_rows_see_what_the_last_row_sees_and_nobody_sees_them():
     fill_mask(mask, Piece(1, 3, 4), 5, ancestors([-1, 0, 0], 3))
     shown = ["".join("x" if v == 0 else "." for v in row) for row in mask]
     assert shown == ["xxxxxxx...", "xxxxxx.x..", "xxxxxx.x..", "xxxxxx.x.."]
-    assert set(np.unique(mask)) == {HIDDEN, np.float32(0)}
-    assert np.isfinite(np.float16(HIDDEN) * np.float16(2))
+    assert set(np.unique(mask)) == {HIDDEN_IN_HALF, np.float32(0)}
+    assert np.isfinite(np.float16(HIDDEN_IN_HALF) * np.float16(2))

@@ -5,8 +5,9 @@ import fakes
 import pytest
 
 from forerun.errors import BundleError, OptionError, PromptError, UnsupportedError
+from forerun.runtime.load import load
 from forerun.runtime.manifest import seal
-from forerun.runtime.text import Text, load
+from forerun.runtime.text import Text
 from forerun.runtime.types import SamplingParams
 
 

@@ -10,7 +10,7 @@ from forerun.errors import (
     OptionError,
     UnsupportedError,
 )
-from forerun.runtime.text import load
+from forerun.runtime.load import load
 from forerun.runtime.types import SamplingParams
 
 WARM = SamplingParams(temperature=1.0, seed=3)
@@ -90,6 +90,11 @@ def test_a_model_can_be_loaded_with_a_drafter(folder, text, tmp_path, monkeypatc
             load(folder, threads=1, **{"drafter": "ngram", **wrong})
     with pytest.raises(OptionError, match="policy"):
         load(folder, threads=1, policy="whatever")
+    for wrong in ("fixed:99", "fixed:", "measured:3"):
+        with pytest.raises(OptionError, match="the policy is"):
+            load(folder, threads=1, policy=wrong)
+    with pytest.raises(UnsupportedError, match="cannot draft behind unverified text"):
+        load(folder, threads=1, drafter="ngram", schedule="pearl")
     with load(folder, threads=1) as plain:
         assert list(plain.session().generate_ids(prompt, drafter="recycle", **options)) == expected
         first = plain.stream(prompt, max_tokens=5)

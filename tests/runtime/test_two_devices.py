@@ -6,7 +6,7 @@ from tiny import tiny_bundle
 from forerun.errors import DeviceError, OptionError
 from forerun.runtime.drafting import choice
 from forerun.runtime.drafting.schedules import SCHEDULES
-from forerun.runtime.text import load
+from forerun.runtime.load import load
 from forerun.runtime.types import SamplingParams
 
 PROMPT, TOKENS = [5, 6, 7, 8, 9, 5, 6, 7], 12
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch):
     """Drafts are always four tokens; timing each width would compile a shader for each."""
-    monkeypatch.setattr("forerun.runtime.text.measured_means", lambda *given: choice.Means())
+    monkeypatch.setattr("forerun.runtime.load.measured_means", lambda *given: choice.Means())
 
 
 def answer(text, **options):

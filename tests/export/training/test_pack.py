@@ -35,7 +35,7 @@ def folder(tmp_path):
             (1, 2),
             {"step": FORM},
             SCORES,
-            {"minutes": 2.0},
+            {"minutes": 2.0, "answer_tokens": 288482},
             (Check("torch", "error", 0.01, 0.1),),
             "forerun train-drafter",
         )
@@ -55,6 +55,7 @@ def test_the_runtime_reads_what_was_written(folder):
     assert info.graphs["step"] == FORM
     assert info.training == {
         "minutes": 2.0,
+        "answer_tokens": 288482,
         "acceptance_1": 0.5,
         "acceptance_2": 0.4,
         "tokens_per_round": 1.7,
@@ -72,6 +73,8 @@ def test_a_drafter_of_another_model_is_refused(folder, tmp_path):
 def test_the_card_tells_where_it_is_from(folder):
     card = (folder[1] / "README.md").read_text()
     for text in ("tiny-llama", "| 2 | 0.400 |", "| story | 0.600 | 1.90 |", "train-drafter"):
+        assert text in card
+    for text in ("tiny-llama, fp32", "answer tokens: 288,482", 'pip install "forerun[train]"'):
         assert text in card
 
 

@@ -297,6 +297,30 @@ def test_a_drafter_that_knows_nothing_leaves_plain_decoding(runners):
         assert answer == plain(target, PROMPT, DRAWS["greedy"], 10)
 
 
+class Watching(FixedPolicy):
+    """Notes which time each block is said to have cost."""
+
+    def prune(self, tree, draft_seconds, depth):
+        SEEN.append((len(tree), draft_seconds))
+        return tree
+
+
+SEEN = []
+
+
+@pytest.mark.parametrize("schedule", ["pearl", "optimistic"])
+def test_the_policy_is_told_what_the_target_waited_for_a_block(schedule, runners):
+    """A block that was drafted while the target waited costs time, one drafted beside it none."""
+    target, small, _ = runners
+    SEEN.clear()
+    cache = PrefixCache(Slowed(target, 0.01))
+    rounds = make(schedule, cache, Doubtful(small, 0.5), Watching(4))
+    speak(rounds, cache, PROMPT, DRAWS["greedy"], COUNT)
+    waited = [seconds for length, seconds in SEEN if length]
+    assert waited and any(waited) == (schedule == "optimistic")
+    assert all(seconds >= 0 for _, seconds in SEEN)
+
+
 def test_finish_while_the_drafter_is_busy_waits_for_it(runners):
     """Another thread ends the rounds; the drafter is not inside a step afterwards."""
     target, small, _ = runners

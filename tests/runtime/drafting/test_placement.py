@@ -2,7 +2,7 @@
 
 import pytest
 
-from forerun.errors import DeviceError
+from forerun.errors import DeviceError, UnsupportedError
 from forerun.runtime.drafting import formulas
 from forerun.runtime.drafting.costs import StepCosts
 from forerun.runtime.drafting.placement import (
@@ -132,6 +132,23 @@ def test_only_one_schedule_and_a_drafter_that_is_chosen():
     assert found.drafter == "model" and found.speedup < 1
     assert "faster would be: plain decoding" in found.reason
     assert choose_placement([target()], [], is_chosen=True).schedule == "plain"
+
+
+def test_drafting_can_be_kept_to_one_device_of_the_target():
+    copies = DrafterPlace("ngram", "cpu", 0, 1e-5, 0.8, hits=0.9, one_call=True)
+    places = [target("cpu", 0.020), target("webgpu", 0.010)]
+    assert choose_placement(places, [copies]).target == "webgpu"
+    kept = choose_placement(places, [copies], drafted_on="cpu")
+    assert (kept.target, kept.drafter) in {("cpu", "ngram"), ("webgpu", "none")}
+    assert choose_placement(places[1:], [copies], drafted_on="cpu").drafter == "none"
+
+
+def test_a_schedule_that_nothing_can_follow_is_refused_and_duo_is_not():
+    with pytest.raises(UnsupportedError, match="the schedule pearl needs a draft model"):
+        choose_placement([target()], [drafter(0.3, 0.8)], cores=2, schedule="pearl")
+    found = choose_placement([target("webgpu")], [drafter(0.3, 0.8)], schedule="duo")
+    assert found.schedule == "duo"
+    assert choose_placement([target()], [], schedule="pearl").schedule == "plain"
 
 
 def test_no_device_is_an_error():

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forerun.errors import OptionError
-from forerun.runtime.drafting.suffix import SuffixIndex, common_prefix
+from forerun.runtime.drafting.suffix import SuffixIndex
+from forerun.runtime.prefix import common_prefix
 
 IDS = st.lists(st.integers(0, 4), max_size=30)
 
@@ -16,6 +17,11 @@ def built(ids, order=2):
     index = SuffixIndex(order)
     index.extend(ids)
     return index
+
+
+def test_common_prefix_of_a_list_and_a_tuple():
+    assert common_prefix([1, 2, 3], (1, 2, 3)) == 3
+    assert common_prefix((1, 2, 3), [1, 2, 4, 5]) == 2
 
 
 @given(IDS, IDS, st.data(), st.integers(1, 4))

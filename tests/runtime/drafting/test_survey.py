@@ -9,8 +9,8 @@ import pytest
 from forerun.devices.request import DeviceRequest
 from forerun.errors import BundleError, DeviceError, OptionError
 from forerun.runtime import open as opening
+from forerun.runtime.drafting import costs, survey
 from forerun.runtime.drafting import draft_costs as costing
-from forerun.runtime.drafting import survey
 from forerun.runtime.drafting.costs import StepCosts, costs_key, remember_costs
 from forerun.runtime.drafting.draft_costs import (
     DraftCosts,
@@ -39,6 +39,12 @@ CPU = DeviceRequest("cpu", "cpu")
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("FORERUN_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def believed(monkeypatch):
+    """Remembered costs are taken for true."""
+    monkeypatch.setattr(costs, "_still_true", lambda runner, known: True)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +117,22 @@ def test_costs_of_a_trained_drafter_end_with_its_files(tmp_path):
     )
 
 
-def test_the_target_is_opened_only_when_nothing_is_remembered(made, monkeypatch):
+def test_the_target_is_measured_only_when_nothing_true_is_remembered(made, believed, monkeypatch):
     seen = []
     first = measured_target(*made, "cpu", 1, lambda *args: seen.append(args[0]))
     assert seen and set(seen) == {"measure"}
-    monkeypatch.setattr("forerun.runtime.open.open_runner", None)
-    assert measured_target(*made, "cpu", 1) == first
+    seen.clear()
+    assert measured_target(*made, "cpu", 1, lambda *args: seen.append(args[0])) == first
+    assert not seen
+    monkeypatch.setattr(costs, "_still_true", lambda runner, known: False)
+    measured_target(*made, "cpu", 1, lambda *args: seen.append(args[0]))
+    assert seen, "a table that is no longer true is measured again"
+
+
+def test_a_slow_device_is_measured_again_with_as_few_rows(made, monkeypatch):
+    key = costs_key(made[0], "cpu", 1)
+    remember_costs(key, StepCosts((1, 2), (64,), ((9.0, 9.0),)))
+    assert measured_target(*made, "cpu", 1).rows == (1, 2)
 
 
 def test_every_drafter_that_is_here_is_measured_once(made, monkeypatch):
@@ -153,7 +169,7 @@ def test_bandwidth_is_measured_once(monkeypatch):
     assert measured_bandwidth().alone == 1e9
 
 
-def test_a_placement_comes_from_what_was_measured(made):
+def test_a_placement_comes_from_what_was_measured(made, believed):
     manifest, folder = made
     cheap = StepCosts((1, 16), (64,), ((0.010, 0.011),))
     remember_costs(costs_key(manifest, "cpu", 1), cheap)
@@ -250,7 +266,7 @@ def test_a_slow_drafter_is_not_measured_further(made, monkeypatch):
     assert len(drafter.told) == 2
 
 
-def test_a_chosen_drafter_stays_even_if_plain_decoding_is_faster(made):
+def test_a_chosen_drafter_stays_even_if_plain_decoding_is_faster(made, believed):
     manifest, folder = made
     dear = StepCosts((1, 16), (64,), ((0.010, 0.160),))
     remember_costs(costs_key(manifest, "cpu", 1), dear)
