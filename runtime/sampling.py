@@ -20,6 +20,7 @@ from forerun.runtime.noise import bits_to_gumbel, hash_bits
 from forerun.runtime.types import SamplingParams
 
 _BLOCK = 128
+_SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def draw(distribution: Distribution, seed: int, position: int) -> int:
     # A token can only win if the largest noise of all would lift it over the best token's score.
     top = int(scores.argmax())
     highest, at_top = bits_to_gumbel(np.array([bits.max(), bits[top]]))
-    alive = np.flatnonzero(scores >= scores[top] + at_top - highest)
+    # In this order the best token itself always passes; the slack is for what rounding hides.
+    alive = np.flatnonzero(scores >= scores[top] - (highest - at_top) - _SLACK)
     return int(ids[alive[(scores[alive] + bits_to_gumbel(bits[alive])).argmax()]])
 
 

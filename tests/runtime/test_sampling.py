@@ -47,6 +47,13 @@ def test_draw_is_the_argmax_of_log_p_plus_noise_over_survivors(seed, params, pos
     assert sampling.pick(logits, params, position) == expected
 
 
+def test_a_lone_survivor_is_drawn_whatever_its_noise():
+    # Its noise is then the largest of all, and rounding must not put it below its own bar.
+    for position in range(3000):
+        lone = sampling.Distribution(np.array([7]), np.array([8.0 + position / 7]))
+        assert sampling.draw(lone, 3, position) == 7
+
+
 @given(st.integers(0, 999), PARAMS)
 def test_filters_agree_with_the_plain_definition(seed, params):
     logits = some_logits(seed)
