@@ -9,7 +9,7 @@ from pathlib import Path
 
 from forerun.errors import OptionError, UnknownModelError
 
-VARIANTS = ("int4", "int4-exact", "int8", "fp32")
+VARIANTS = ("int4", "int4-fast", "int4-exact", "int8", "int8-rows", "fp32")
 DEFAULT_VARIANT = VARIANTS[0]
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _CATALOG = Path(__file__).resolve().parent.parent / "export" / "catalog.json"

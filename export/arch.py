@@ -110,14 +110,18 @@ def rotary_tables(config: ModelConfig, capacity: int, local: bool) -> tuple[np.n
     Returns:
         Two float32 arrays [capacity, head_dim / 2], for the rotate-half pairing.
     """
+    angle = np.arange(capacity, dtype=np.float64)[:, None] * rotary_frequencies(config, local)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotary_frequencies(config: ModelConfig, local: bool) -> np.ndarray:
+    """Radians per position, float64 [head_dim / 2]; local layers may have a theta of their own."""
     theta = config.rope_theta
     scaling = config.rope_scaling
     if local and config.rope_theta_local is not None:
         theta, scaling = config.rope_theta_local, None
     half = np.arange(0, config.head_dim, 2, dtype=np.float64)
-    frequency = _scale_frequencies(theta ** (-half / config.head_dim), scaling)
-    angle = np.arange(capacity, dtype=np.float64)[:, None] * frequency[None]
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    return _scale_frequencies(theta ** (-half / config.head_dim), scaling)
 
 
 def _scale_frequencies(frequency: np.ndarray, scaling: dict[str, Any] | None) -> np.ndarray:

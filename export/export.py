@@ -12,7 +12,7 @@ from forerun.export.arch import ArchSpec, arch_of
 from forerun.export.bundle import new_bundle, require_space
 from forerun.export.card import write_card
 from forerun.export.check import RUNNERS, check_export
-from forerun.export.graph import DecoderGraph, cpu_lowering, default_taps, kv_layout
+from forerun.export.graph import DecoderGraph, cpu_lowering, default_taps, kv_layout, rotary_of
 from forerun.export.npu import write_static_graph
 from forerun.export.recipe import RECIPE
 from forerun.export.tokenizer import write_tokenizer
@@ -105,7 +105,7 @@ def _manifest(
     c = source.config
     write_tokenizer(source.tokenizer_files(), folder / TOKENIZER_NAME)
     taps = default_taps(c.layers)
-    forms = {"cpu": cpu_lowering(c, capacity, hidden_states, GRAPH_NAME, taps)}
+    forms = {"cpu": cpu_lowering(c, hidden_states, GRAPH_NAME, taps)}
     if takes_trees(c):
         forms["cpu-tree"] = tree_lowering(forms["cpu"])
     if c.chat_template:
@@ -129,6 +129,7 @@ def _manifest(
         generation=c.generation,
         taps=taps,
         recipe=RECIPE,
+        rotary=rotary_of(c),
     )
 
 

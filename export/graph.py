@@ -13,11 +13,12 @@ from forerun.export.arch import (
     attention_scale,
     ffn_norm_name,
     layer_names,
+    rotary_frequencies,
     rotary_tables,
 )
 from forerun.export.lowering import LOWERINGS, AttentionShape, CpuLowering
 from forerun.export.writer import GraphWriter
-from forerun.runtime.manifest import KVLayout, Lowering, TensorSpec
+from forerun.runtime.manifest import KVLayout, Lowering, Rotary, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,8 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 HEAD_WEIGHT = "head"
+# The cache's length is free up to the rows of the rotary tables: a runtime may reserve less.
+CAPACITY_AXIS = "C"
 
 
 class DecoderGraph:
@@ -37,7 +40,7 @@ class DecoderGraph:
         source: the weights.
         arch: the row of facts of the architecture.
         folder: where graph and weights are written.
-        capacity: length of the static KV cache.
+        capacity: longest KV cache; rows of the rotary tables.
         hidden_states: also output the normed hidden state of the wanted rows.
         lowering: a name of `LOWERINGS`.
         taps: numbers of layers; the stream after that many layers is output as `features`.
@@ -90,11 +93,9 @@ class DecoderGraph:
             self.writer.close()
 
     def _declare(self) -> None:
-        for spec in graph_inputs(self.config, self.capacity).values():
+        for spec in graph_inputs(self.config).values():
             self.writer.input(spec.name, spec.dtype, spec.shape)
-        for spec in graph_outputs(
-            self.config, self.capacity, self.hidden_states, self.taps
-        ).values():
+        for spec in graph_outputs(self.config, self.hidden_states, self.taps).values():
             self.writer.output(spec.name, spec.dtype, spec.shape)
 
     def _tensor(self, name: str) -> np.ndarray:
@@ -224,7 +225,14 @@ def kv_layout(config: ModelConfig, capacity: int) -> KVLayout:
     return KVLayout(config.layers, config.kv_heads, config.head_dim, capacity)
 
 
-def graph_inputs(config: ModelConfig, capacity: int) -> dict[str, TensorSpec]:
+def rotary_of(config: ModelConfig) -> Rotary:
+    """What the manifest says about the rotation of the keys."""
+    local = tuple(int(has and config.rope_theta_local is not None) for has in config.layer_window)
+    lists = [rotary_frequencies(config, bool(kind)).tolist() for kind in range(max(local) + 1)]
+    return Rotary(tuple(map(tuple, lists)), local)
+
+
+def graph_inputs(config: ModelConfig) -> dict[str, TensorSpec]:
     """Roles of the inputs, see `forerun.runtime.manifest.Lowering`."""
     specs = {
         "ids": TensorSpec("ids", "int64", (1, "S")),
@@ -233,11 +241,11 @@ def graph_inputs(config: ModelConfig, capacity: int) -> dict[str, TensorSpec]:
         "total": TensorSpec("total", "int32", ()),
         "rows": TensorSpec("rows", "int64", ("R",)),
     }
-    return specs | _kv_specs(config, capacity, "past")
+    return specs | _kv_specs(config, "past")
 
 
 def graph_outputs(
-    config: ModelConfig, capacity: int, hidden_states: bool, taps: tuple[int, ...] = ()
+    config: ModelConfig, hidden_states: bool, taps: tuple[int, ...] = ()
 ) -> dict[str, TensorSpec]:
     """Roles of the outputs, see `forerun.runtime.manifest.Lowering`."""
     specs = {"logits": TensorSpec("logits", "float32", (1, "R", config.vocab))}
@@ -246,18 +254,17 @@ def graph_outputs(
     if taps:
         width = config.hidden * len(taps)
         specs["features"] = TensorSpec("features", "float32", (1, "S", width))
-    return specs | _kv_specs(config, capacity, "present")
+    return specs | _kv_specs(config, "present")
 
 
-def _kv_specs(config: ModelConfig, capacity: int, when: str) -> dict[str, TensorSpec]:
-    shape = (1, config.kv_heads, capacity, config.head_dim)
+def _kv_specs(config: ModelConfig, when: str) -> dict[str, TensorSpec]:
+    shape = (1, config.kv_heads, CAPACITY_AXIS, config.head_dim)
     names = [f"{when}_{part}.{i}" for i in range(config.layers) for part in ("key", "value")]
     return {name: TensorSpec(name, "float32", shape) for name in names}
 
 
 def cpu_lowering(
     config: ModelConfig,
-    capacity: int,
     hidden_states: bool,
     graph: str,
     taps: tuple[int, ...] = (),
@@ -265,6 +272,6 @@ def cpu_lowering(
     """The manifest's entry for the graph that `DecoderGraph` writes."""
     return Lowering(
         graph=graph,
-        inputs=graph_inputs(config, capacity),
-        outputs=graph_outputs(config, capacity, hidden_states, taps),
+        inputs=graph_inputs(config),
+        outputs=graph_outputs(config, hidden_states, taps),
     )

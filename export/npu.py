@@ -21,6 +21,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from forerun.errors import UnsupportedError
+from forerun.export.graph import CAPACITY_AXIS
 from forerun.runtime.manifest import Lowering, TensorSpec
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ _OPSET = 23
 _IR_VERSION = 10
 QUERY_WIDTHS = (1, 4, 8)
 _NAMES = ("npu", "npu-embed")
+_ATTENTION = "GroupQueryAttention"
+# Place of the cosines among its inputs.
+_COS = 7
 
 
 class StaticRewriter:
@@ -209,7 +213,7 @@ _HANDLERS: dict[str, Callable[[StaticRewriter, onnx.NodeProto], None]] = {
     "SkipSimplifiedLayerNormalization": StaticRewriter._skip_norm,
     "QuickGelu": StaticRewriter._silu,
     "FusedMatMul": StaticRewriter._tied_head,
-    "GroupQueryAttention": StaticRewriter._attention,
+    _ATTENTION: StaticRewriter._attention,
 }
 
 
@@ -227,7 +231,9 @@ def write_static_graph(folder: Path, chain: Lowering) -> dict[str, Lowering]:
         UnsupportedError: an operator of the graph has no static form.
     """
     model = onnx.load(str(folder / chain.graph), load_external_data=False)
-    static = StaticRewriter(model, int(chain.inputs["past_key.0"].shape[2]))
+    capacity = _longest(model)
+    chain = _sized(chain, capacity)
+    static = StaticRewriter(model, capacity)
     if static.embed is None:
         raise UnsupportedError(
             f"{chain.graph} does not look up an embedding, so it has no static form"
@@ -246,6 +252,27 @@ def without_static(manifest: Manifest) -> Manifest:
         lowerings={n: form for n, form in manifest.lowerings.items() if n not in _NAMES},
         files={name: entry for name, entry in manifest.files.items() if name not in dropped},
     )
+
+
+def _longest(model: onnx.ModelProto) -> int:
+    """Tokens that the rotary tables reach; 0 without attention."""
+    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
+    found = [node.input[_COS] for node in model.graph.node if node.op_type == _ATTENTION]
+    return int(rows[found[0]]) if found else 0
+
+
+def _sized(chain: Lowering, capacity: int) -> Lowering:
+    """The same entry with a KV cache of that length, since the graph has no free axis for it."""
+
+    def fixed(specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+        return {
+            role: dataclasses.replace(
+                spec, shape=tuple(capacity if d == CAPACITY_AXIS else d for d in spec.shape)
+            )
+            for role, spec in specs.items()
+        }
+
+    return dataclasses.replace(chain, inputs=fixed(chain.inputs), outputs=fixed(chain.outputs))
 
 
 def _lowerings(chain: Lowering, static: StaticRewriter) -> tuple[Lowering, Lowering]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from forerun.runtime.manifest import Manifest
 
-RECIPE = 1
+RECIPE = 2
 
 
 def is_outdated(manifest: Manifest) -> bool:

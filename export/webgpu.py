@@ -30,6 +30,7 @@ _FILES = frozenset({*GRAPH_NAMES.values(), MOVE_GRAPH_NAME})
 _OPERATORS = frozenset(
     {
         "Add",
+        "Cast",
         "Concat",
         "DequantizeLinear",
         "FastGelu",
@@ -78,7 +79,7 @@ def write_webgpu_graphs(
         _repack_zero_points(model.graph, folder)
         if not _translatable(model):
             return {}
-        _translate(model, layout.head_dim)
+        _translate(model, layout)
         (folder / target).write_bytes(model.SerializeToString())
         written[name.replace("cpu", FORM)] = _lowering(forms[name], target, layout)
     if written:
@@ -138,11 +139,11 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(constants)
 
 
-def _translate(model: onnx.ModelProto, head_dim: int) -> None:
+def _translate(model: onnx.ModelProto, layout: KVLayout) -> None:
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":
-            nodes += _attention(model.graph, node, head_dim)
+            nodes += _attention(model.graph, node, layout.head_dim)
             continue
         if node.op_type == _TIED_HEAD:
             nodes += _tied_head(model.graph, node)
@@ -157,7 +158,8 @@ def _translate(model: onnx.ModelProto, head_dim: int) -> None:
     for value in [*model.graph.input, *model.graph.output]:
         if value.name.startswith(("past_", "present_")):
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-            value.type.tensor_type.shape.dim[3].dim_value = head_dim
+            dims = value.type.tensor_type.shape.dim
+            dims[2].dim_value, dims[3].dim_value = layout.capacity, layout.head_dim
 
 
 def _tied_head(graph: onnx.GraphProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -181,11 +183,13 @@ def _repack_zero_points(graph: onnx.GraphProto, folder: Path) -> None:
     uint4 the rows follow each other without one. The table's own bytes stay what they are.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    # Scales may be stored in float16.
+    stored = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
     for node in graph.node:
         if node.op_type != "GatherBlockQuantized" or len(node.input) < 4:
             continue
         table, zeros = tensors[node.input[0]], tensors[node.input[3]]
-        vocab, blocks = tensors[node.input[2]].dims
+        vocab, blocks = tensors[stored.get(node.input[2], node.input[2])].dims
         bits = next((a.i for a in node.attribute if a.name == "bits"), 4)
         if bits != 4 or blocks % 2 == 0 or table.data_type != TensorProto.UINT8:
             continue

@@ -1,209 +1,277 @@
-"""What a bundle is worth: perplexity on fixed text, and divergence from another bundle."""
+"""What bundles are worth: distance from a reference, recall, agreement, size, speed and memory."""
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from forerun.errors import OptionError
-from forerun.runtime.manifest import inside, load_manifest
-from forerun.runtime.runner import Runner
+from forerun.quant.corpus import (
+    CORPUS,
+    bos_ids,
+    corpus_pieces,
+    corpus_text,
+    load_tokenizer,
+    measured_ids,
+    measured_part,
+    measured_pieces,
+)
+from forerun.quant.measure_agreement import agreement, agreement_prompts
+from forerun.quant.measure_divergence import (
+    Divergence,
+    Stream,
+    Tally,
+    compare,
+    log_softmax,
+)
+from forerun.quant.measure_open import (
+    Judged,
+    check_judged,
+    label,
+    open_judged,
+    view,
+    weight_bytes,
+)
+from forerun.quant.measure_speed import measure_speed
+from forerun.quant.recall import DEPTHS, PAIRS, depths_within, recall, recall_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Sequence
+    from pathlib import Path
 
+    from forerun.quant.measure_divergence import Progress
     from forerun.runtime.manifest import Manifest
 
-    Progress = Callable[[str, int, int | None], None]
+__all__ = [
+    "CORPUS",
+    "QUICK",
+    "Divergence",
+    "Judged",
+    "Plan",
+    "contexts_within",
+    "corpus_pieces",
+    "evaluate",
+    "evaluate_all",
+    "log_softmax",
+    "weight_bytes",
+]
 
-CORPUS = ("corpus_prose.txt", "corpus_reference.txt")
-_ROWS = 64
+MIN_CONTEXT = 16
+# As many models are open at once, beside the reference.
+_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """How one model's next-token distributions differ from another's, over many positions.
+class Plan:
+    """How much is measured.
 
     Attributes:
-        perplexity: of the model that is judged.
-        perplexity_against: of the reference.
-        kl_mean: mean of KL(reference || judged) in nats.
-        kl_p99: its 99th percentile.
-        top1_agreement: share of positions with the same most probable token.
-        tokens: positions that were compared.
+        contexts: lengths of the pieces of text, whose second halves are judged.
+        tokens: of text, as much for each context and each kind.
+        text: a file that is read in place of the built-in texts.
+        prompts: for greedy agreement; 0 leaves it out.
+        depths: of the recall test, in tokens; those that a model's cache cannot hold are left out.
+        pairs: at every depth; 0 leaves the test out.
+        rounds: of the measurement of speed and memory; 0 leaves it out.
     """
 
-    perplexity: float
-    perplexity_against: float | None
-    kl_mean: float | None
-    kl_p99: float | None
-    top1_agreement: float | None
-    tokens: int
+    contexts: tuple[int, ...] = (512, 2048)
+    tokens: int = 9216
+    text: Path | None = None
+    prompts: int = 12
+    depths: tuple[int, ...] = DEPTHS
+    pairs: int = PAIRS
+    rounds: int = 2
+
+
+QUICK = Plan(contexts=(512,), tokens=1536, prompts=3, depths=(256, 1024), pairs=8, rounds=1)
 
 
 def evaluate(
     bundle: Path,
     against: Path | None = None,
     *,
-    context: int = 512,
-    max_tokens: int = 4096,
+    plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a bundle on the built-in public-domain text.
+    """Measure one bundle as it is; see `evaluate_all`."""
+    return evaluate_all([Judged(bundle)], against, plan=plan, progress=progress)[0]
+
+
+def evaluate_all(
+    judged: Sequence[Judged],
+    against: Path | None = None,
+    *,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Measure bundles on public-domain text, or on a text of the user's.
+
+    The figures of quality are the same in every run on a machine.
 
     Args:
-        bundle: what to judge.
+        judged: what to measure.
         against: the bundle to compare with, usually the float32 one; it must have the same
             tokenizer.
-        context: the text is cut into pieces of this many tokens, each read from an empty cache.
-        max_tokens: how much text, half of it prose and half reference text.
+        plan: how much to measure; None takes what a README quotes.
         progress: called with (stage, done, total).
 
     Returns:
-        A JSON object: bundle, against, the fields of `Divergence`, bytes_per_weight,
-        kv_bytes_per_token.
+        A JSON object for each; the README lists its fields.
 
     Raises:
-        OptionError: the context or the amount of text is out of range, or the tokenizers differ.
+        OptionError: a context or the amount of text is out of range, the tokenizers differ, a KV
+            layout is unknown, or the text is none.
+        BundleError: a bundle cannot be loaded.
+        MeasureError: the process that measures speed failed.
     """
-    manifest = load_manifest(Path(bundle))
-    reference = load_manifest(Path(against)) if against else None
-    if reference and reference.tokenizer.sha256 != manifest.tokenizer.sha256:
-        raise OptionError("the two bundles have different tokenizers, so they cannot be compared")
-    if not 16 <= context <= manifest.kv.capacity:
-        raise OptionError(f"context must be in 16..{manifest.kv.capacity}, got {context}")
-    if max_tokens < context:
-        raise OptionError(f"tokens must be at least the context of {context}, got {max_tokens}")
-    pieces = corpus_pieces(manifest, Path(bundle), context, max_tokens)
-    pair = (reference, Path(against)) if reference and against else None
-    measured = compare((manifest, Path(bundle)), pair, pieces, progress)
+    plan = plan or Plan()
+    reference = Judged(against, threads=judged[0].threads) if against else None
+    everyone = [*judged, reference] if reference else [*judged]
+    manifests = [check_judged(one) for one in everyone]
+    _check(manifests, plan)
+    material = _Material(manifests, everyone, plan)
+    rows: list[dict[str, Any]] = []
+    truth: dict[str, Any] | None = None
+    for start in range(0, len(judged), _AT_ONCE):
+        group = judged[start : start + _AT_ONCE]
+        found, truth = _measure(group, reference, material, truth, progress)
+        rows += found
+    _add_sizes(rows, judged, manifests, against, plan)
+    if plan.rounds:
+        speeds = measure_speed(list(judged), plan.rounds, progress)
+        rows = [{**row, **speed} for row, speed in zip(rows, speeds, strict=True)]
+    return rows
+
+
+def contexts_within(everyone: Sequence[Judged], contexts: tuple[int, ...]) -> tuple[int, ...]:
+    """The contexts that all of these can hold; the longest possible one if none can."""
+    most = _limit([view(one) for one in everyone])
+    return tuple(context for context in contexts if context <= most) or (most,)
+
+
+def _check(manifests: list[Manifest], plan: Plan) -> None:
+    if len({manifest.tokenizer.sha256 for manifest in manifests}) > 1:
+        raise OptionError("the bundles have different tokenizers, so they cannot be compared")
+    most = _limit(manifests)
+    for context in plan.contexts:
+        if not MIN_CONTEXT <= context <= most:
+            raise OptionError(f"a context must be in {MIN_CONTEXT}..{most}, got {context}")
+    if not plan.contexts or plan.tokens < max(plan.contexts):
+        raise OptionError(
+            f"tokens must be at least the longest context, {max(plan.contexts, default=0)}, "
+            f"got {plan.tokens}"
+        )
+
+
+def _limit(manifests: list[Manifest]) -> int:
+    """Tokens that every cache holds and every model was made for."""
+    return min(min(m.kv.capacity, m.model.context) for m in manifests)
+
+
+class _Material:
+    """What is read: the same for all rows.
+
+    Args:
+        manifests: of all models; they have one tokenizer.
+        everyone: what is opened, in the same order.
+        plan: how much.
+    """
+
+    def __init__(self, manifests: list[Manifest], everyone: list[Judged], plan: Plan) -> None:
+        manifest, folder = manifests[0], everyone[0].bundle
+        self.plan, self.limit = plan, _limit(manifests)
+        bos, ids = bos_ids(manifest), measured_ids(manifest, folder, plan.text)
+        self.pieces = measured_pieces(ids, bos, plan.contexts, plan.tokens)
+        self.prompts = agreement_prompts(ids, bos, plan.prompts) if plan.prompts else []
+        self.recall = None
+        depths = depths_within(self.limit, plan.depths) if plan.pairs else ()
+        if depths:
+            tokenizer = load_tokenizer(manifest, folder)
+            prose = measured_part(corpus_text(CORPUS[0]))
+            filler = tokenizer.encode(prose, add_special_tokens=False).ids
+            self.recall = recall_text(tokenizer, filler, bos, depths, plan.pairs)
+
+
+def _measure(
+    judged: Sequence[Judged],
+    reference: Judged | None,
+    material: _Material,
+    truth: dict[str, Any] | None,
+    progress: Progress | None,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Quality of models that are open at once; `truth` is the reference's recall, if known."""
+    with ExitStack() as stack:
+        streams = []
+        for one in (*judged, reference):
+            if one is not None:
+                runner = open_judged(one)
+                stack.callback(runner.close)
+                streams.append(Stream(runner, one.rows_per_step))
+        other = streams.pop() if reference else None
+        tallies = compare(streams, other, material.pieces, progress)
+        rows = [_distances(tally, material.plan, material.pieces) for tally in tallies]
+        if other and material.recall and truth is None:
+            truth = recall(other, material.recall, progress)
+        for row, stream in zip(rows, streams, strict=True):
+            if other and material.prompts:
+                row["agreement_tokens"] = agreement(
+                    stream, other, material.prompts, material.limit, progress
+                )
+            found = recall(stream, material.recall, progress) if material.recall else None
+            row.update(_recall_fields(found, truth))
+    return rows, truth
+
+
+def _distances(tally: Tally, plan: Plan, pieces: list[Any]) -> dict[str, Any]:
+    kinds = list(dict.fromkeys(piece.kind for piece in pieces))
     return {
-        "bundle": str(bundle),
-        "against": str(against) if against else None,
-        **measured.__dict__,
-        "context": context,
-        "bytes_per_weight": weight_bytes(manifest) / manifest.model.parameters,
-        "kv_bytes_per_token": manifest.kv.nbytes_per_token,
+        **dataclasses.asdict(tally.result()),
+        "by_context": {str(c): dataclasses.asdict(tally.result(context=c)) for c in plan.contexts},
+        "by_text": {kind: dataclasses.asdict(tally.result(kind=kind)) for kind in kinds},
     }
 
 
-def compare(
-    judged: tuple[Manifest, Path],
-    reference: tuple[Manifest, Path] | None,
-    pieces: list[np.ndarray],
-    progress: Progress | None = None,
-) -> Divergence:
-    """Run the pieces through one or two bundles and compare position by position.
-
-    Args:
-        judged: manifest and folder.
-        reference: likewise, or None for perplexity alone.
-        pieces: token ids, each int64 [T].
-        progress: called with (stage, done, total).
-    """
-    runner = Runner(*judged)
-    other = Runner(*reference) if reference else None
-    tally = _Tally()
-    total, done = sum(len(p) for p in pieces), 0
-    try:
-        for piece in pieces:
-            streams = [_log_probabilities(r, piece) for r in (runner, other) if r]
-            for rows in zip(*streams, strict=True):
-                tally.add(piece, *rows)
-                done += len(rows[0][1])
-                if progress:
-                    progress("evaluate", done, total)
-    finally:
-        runner.close()
-        if other:
-            other.close()
-    return tally.result()
+def _recall_fields(found: dict[str, Any] | None, truth: dict[str, Any] | None) -> dict[str, Any]:
+    if found is None:
+        return {"recall": None, "recall_by_depth": {}}
+    fields = {
+        "recall": found["recall"],
+        "recall_nll": found["nll"],
+        "recall_queries": found["queries"],
+        "recall_by_depth": found["by_depth"],
+    }
+    if truth:
+        fields["recall_against"] = truth["recall"]
+        fields["recall_nll_against"] = truth["nll"]
+        fields["recall_by_depth_against"] = truth["by_depth"]
+    return fields
 
 
-def corpus_pieces(
-    manifest: Manifest, folder: Path, context: int, max_tokens: int, from_end: bool = False
-) -> list[np.ndarray]:
-    """Cut the built-in text into pieces of `context` tokens, beginning with the BOS if used.
-
-    Args:
-        manifest: of the bundle whose tokenizer is used.
-        folder: of that bundle.
-        context: tokens of a piece.
-        max_tokens: of all pieces, half of them prose and half reference text.
-        from_end: take the ends of the texts, for calibration, not their beginnings.
-    """
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(inside(folder, manifest.tokenizer.file)))
-    bos = [manifest.tokenizer.bos] if manifest.tokenizer.add_bos else []
-    width = context - len(bos)
-    pieces: list[np.ndarray] = []
-    for name in CORPUS:
-        text = resources.files("forerun.quant").joinpath(name).read_text(encoding="utf-8")
-        budget = max(1, max_tokens // context // len(CORPUS))
-        # Eight characters a token is more than any text here needs.
-        room = budget * width * 8
-        text = text[-room:] if from_end else text[:room]
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        ids = ids[-budget * width :] if from_end else ids
-        cuts = [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)][:budget]
-        pieces += [np.array(bos + cut, np.int64) for cut in cuts]
-    if not pieces:
-        raise OptionError(f"the built-in text has fewer than {context} tokens in this tokenizer")
-    return pieces
-
-
-def weight_bytes(manifest: Manifest) -> int:
-    """Bytes of the graph and its weights."""
-    return sum(
-        entry.bytes for name, entry in manifest.files.items() if name.endswith((".bin", ".onnx"))
-    )
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities over the last axis, float32."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _log_probabilities(runner: Runner, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    runner.arena.rewind(0)
-    for start in range(0, len(ids), _ROWS):
-        yield start, log_softmax(runner.step(ids[start : start + _ROWS], want="all"))
-
-
-class _Tally:
-    def __init__(self) -> None:
-        self.nll: list[np.ndarray] = []
-        self.nll_against: list[np.ndarray] = []
-        self.kl: list[np.ndarray] = []
-        self.same: list[np.ndarray] = []
-
-    def add(self, ids: np.ndarray, judged, reference=None) -> None:
-        start, p = judged
-        following = ids[start + 1 : start + 1 + len(p)]
-        rows = np.arange(len(following))
-        self.nll.append(-p[rows, following])
-        if reference is not None:
-            q = reference[1]
-            self.nll_against.append(-q[rows, following])
-            self.kl.append((np.exp(q) * (q - p)).sum(-1))
-            self.same.append(p.argmax(-1) == q.argmax(-1))
-
-    def result(self) -> Divergence:
-        nll = np.concatenate(self.nll)
-        if not self.kl:
-            return Divergence(float(np.exp(nll.mean())), None, None, None, None, len(nll))
-        kl = np.concatenate(self.kl)
-        return Divergence(
-            perplexity=float(np.exp(nll.mean())),
-            perplexity_against=float(np.exp(np.concatenate(self.nll_against).mean())),
-            kl_mean=float(kl.mean()),
-            kl_p99=float(np.quantile(kl, 0.99)),
-            top1_agreement=float(np.concatenate(self.same).mean()),
-            tokens=len(kl),
-        )
+def _add_sizes(
+    rows: list[dict[str, Any]],
+    judged: Sequence[Judged],
+    manifests: list[Manifest],
+    against: Path | None,
+    plan: Plan,
+) -> None:
+    """Put what needs no compute before what was measured."""
+    for index, (one, manifest) in enumerate(zip(judged, manifests, strict=False)):
+        nbytes = weight_bytes(manifest)
+        rows[index] = {
+            "bundle": str(one.bundle),
+            "against": str(against) if against else None,
+            "model": manifest.name,
+            "label": label(one, manifest),
+            "weights": manifest.quantization.method,
+            "kv": one.kv,
+            "ffn_skip": one.ffn_skip,
+            "window": one.window,
+            "contexts": list(plan.contexts),
+            **rows[index],
+            "weight_bytes": nbytes,
+            "bytes_per_weight": nbytes / manifest.model.parameters,
+            "kv_bytes_per_token": manifest.kv.nbytes_per_token,
+        }

@@ -1,13 +1,13 @@
-"""Rewriting a float32 bundle so that its matrices are block-quantized."""
+"""From a float32 bundle to a smaller one: weights, KV cache, skipping, and what that costs."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx
 
 from forerun.errors import OptionError, UnsupportedError
@@ -15,156 +15,191 @@ from forerun.export.bundle import new_bundle, require_space
 from forerun.export.card import CARD_NAME, write_card
 from forerun.export.npu import without_static
 from forerun.export.recipe import RECIPE
-from forerun.export.tree import TREE_GRAPH_NAME, write_tree_graph
+from forerun.export.tree import TREE_GRAPH_NAME, tree_lowering, write_tree_graph
 from forerun.export.webgpu import with_webgpu, without_webgpu
 from forerun.export.writer import WEIGHTS_NAME
-from forerun.quant.calibration import input_moments
-from forerun.quant.evaluate import corpus_pieces
-from forerun.quant.gate import check_quality
-from forerun.quant.kv8 import calibrate_scales, in_eight_bits
-from forerun.quant.rewrite import GraphRewriter
-from forerun.quant.rounding import quantize_blocks, quantize_gptq
+from forerun.quant.calibration import calibration_pieces
+from forerun.quant.formats import FORMATS, PLAIN_FORMATS, WeightFormat
+from forerun.quant.gate import Limits, keep_limits, measure_gate
+from forerun.quant.gear import with_gear
+from forerun.quant.kv import calibrate
+from forerun.quant.kv_graphs import DENSE, with_layouts, without_layouts
+from forerun.quant.measure_open import Judged
+from forerun.quant.methods import METHODS
+from forerun.quant.skip_calibrate import add_skipping
+from forerun.quant.weights import WeightStore
 from forerun.runtime.manifest import Manifest, Quantization, inside, load_manifest, seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forerun.quant.blocks import Blocks
-
     Progress = Callable[[str, int, int | None], None]
 
-_SMALL_BLOCK = 32
-_CALIBRATION_CONTEXT = 512
-_CALIBRATION_TOKENS = 4096
+# The name for weights that stay as they are, where only the KV cache or skipping is wanted.
+KEPT = "fp32"
+_EXACT_KV, _FLOAT_KV = "int8", "fp32"
+_KEPT_BOUND, _KEPT_BYTES = 0.75, 4.1
+_TREE = "cpu-tree"
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightFormat:
-    """One way to store matrices.
+@dataclass(frozen=True)
+class Wish:
+    """What a smaller bundle shall be like.
 
     Attributes:
-        bits: of a code.
-        block: weights that share a scale.
-        detail: for people.
-        wide: prefixes of the names of matrices that get 8 bits whatever `bits` says.
-        calibrated: rounding errors are moved to where the built-in text does not notice (GPTQ).
-        kl_bound: largest mean KL divergence to the float32 bundle that is let out.
-        bytes_per_weight: size of a bundle, everything beside the weights included, for estimates.
-        row_exact: verification of drafts is bit-equal to decoding: blocks of 32, an 8-bit KV
-            cache, and the head in per-row integer products, which also flattens T(n).
+        weights: a name of `FORMATS` or `PLAIN_FORMATS`, or ``fp32`` to leave them as they are.
+        kv: the KV layout that it runs by default, one of `kv_graphs.DENSE`; None takes 8 bits for
+            row-exact weights and float32 for others. All others can be chosen when it is loaded.
+        budget: bytes of the weights file; what `weights` leaves of them goes to 8 bits for the
+            matrices where that gains most.
+        skipping: calibrate which feed-forward blocks can be skipped, and let the graph do it.
+        limits: what the bundle may cost; None takes the format's own bound.
+
+    Raises:
+        OptionError: a name is not known, or options contradict each other.
     """
 
-    bits: int
-    block: int
-    detail: str
-    wide: tuple[str, ...]
-    calibrated: bool
-    kl_bound: float
-    bytes_per_weight: float
-    row_exact: bool = False
+    weights: str = "int4"
+    kv: str | None = None
+    budget: int | None = None
+    skipping: bool = False
+    limits: Limits | None = None
 
+    def __post_init__(self) -> None:
+        names = (*FORMATS, *PLAIN_FORMATS, KEPT)
+        if self.weights not in names:
+            raise OptionError(f"weights must be one of {', '.join(names)}, got {self.weights!r}")
+        if self.kv not in (None, *DENSE):
+            raise OptionError(
+                f"the default KV layout must be one of {', '.join(DENSE)}, got {self.kv!r}; those "
+                "of GEAR are chosen when a bundle is loaded"
+            )
+        form = self.form
+        if self.budget is not None and (form is None or METHODS[form.method].bits != 4):
+            raise OptionError(
+                f"a budget says which matrices of a 4-bit form get 8 bits; {self.weights} has none"
+            )
+        if form is None and self.kv in (None, _FLOAT_KV) and not self.skipping:
+            raise OptionError("nothing would change: name a weight format, a KV layout or skipping")
 
-# Queries, keys and values are an eighth of the weights and over a third of what 4 bits cost in KL.
-_QKV = ("qkv.",)
+    @property
+    def form(self) -> WeightFormat | None:
+        """How weights are stored; None leaves them as they are."""
+        return None if self.weights == KEPT else (FORMATS | PLAIN_FORMATS)[self.weights]
 
-FORMATS = {
-    "int4": WeightFormat(4, 64, "4 bits (qkv 8), blocks of 64, GPTQ", _QKV, True, 0.75, 1.0),
-    "int4-exact": WeightFormat(
-        4, 32, "4 bits (qkv, head, KV 8), blocks of 32, GPTQ", _QKV, True, 0.75, 1.2, True
-    ),
-    "int8": WeightFormat(8, 32, "8 bits, blocks of 32, least error", (), False, 0.02, 1.3),
-}
+    @property
+    def default_kv(self) -> str:
+        """The KV layout that the bundle runs when nothing is said."""
+        exact = self.form is not None and self.form.row_exact
+        return self.kv or (_EXACT_KV if exact else _FLOAT_KV)
+
+    @property
+    def kept_limits(self) -> Limits:
+        """What the bundle may cost."""
+        return self.limits or Limits(self.form.kl_bound if self.form else _KEPT_BOUND)
 
 
 def quantize(
-    bundle: Path, out: Path, *, weights: str = "int4", progress: Progress | None = None
+    bundle: Path,
+    out: Path,
+    *,
+    weights: str | Wish = "int4",
+    progress: Progress | None = None,
 ) -> Manifest:
-    """Write a bundle with quantized matrices, after measuring what that costs.
+    """Write a smaller bundle, after measuring what that costs.
 
     Args:
         bundle: a float32 bundle.
         out: folder of the new bundle; appears only when everything succeeded.
-        weights: a name of `FORMATS`.
+        weights: name of a weight format, or all that is wished.
         progress: called with (stage, done, total).
 
     Raises:
-        OptionError: an unknown format.
+        OptionError: see `Wish`; or the budget is too small, and it says what works.
+        SourceError: the weights hold NaN or infinity.
         UnsupportedError: the bundle is quantized already.
-        ExportMismatch: the KL divergence to the float32 bundle exceeds the format's bound.
+        QualityMismatch: the new bundle costs more than its limits allow.
     """
-    if weights not in FORMATS:
-        raise OptionError(f"weights must be one of {', '.join(FORMATS)}, got {weights!r}")
-    bundle, form = Path(bundle), FORMATS[weights]
+    wish = Wish(weights) if isinstance(weights, str) else weights
+    bundle, report = Path(bundle), progress or (lambda stage, done, total: None)
     manifest = load_manifest(bundle)
     manifest.check_files(bundle)
-    # The static form reads the float32 weights, which the new bundle does not have.
-    manifest = without_webgpu(without_static(manifest))
     if manifest.quantization.method != "none":
         raise UnsupportedError(
             f"{bundle} is quantized already ({manifest.quantization.method}); "
             "quantize the float32 bundle"
         )
-    needed = int(manifest.model.parameters * form.bytes_per_weight)
+    # The static form reads the float32 weights, which the new bundle does not have.
+    source = without_layouts(without_webgpu(without_static(manifest)))
+    per_weight = wish.form.bytes_per_weight if wish.form else _KEPT_BYTES
+    needed = int(manifest.model.parameters * per_weight)
     require_space(Path(out).parent, needed, "quantizing")
-    report = progress or (lambda stage, done, total: None)
     with new_bundle(Path(out)) as folder:
-        _copy_others(manifest, bundle, folder)
-        _rewrite(manifest, bundle, folder, form, report)
-        quant = Quantization(weights, form.bits, form.block, form.detail)
-        # What the float32 bundle lacks, the new one lacks as well.
-        recipe = min(manifest.recipe, RECIPE)
-        new = dataclasses.replace(
-            manifest, quantization=quant, row_exact=form.row_exact, recipe=recipe
-        )
-        new = in_eight_bits(new) if form.row_exact else new
-        new = with_webgpu(folder, new)
-        check = check_quality(new, folder, manifest, bundle, form.kl_bound, report)
-        new = dataclasses.replace(new, checks=(*manifest.checks, check))
+        new = _with_weights(source, bundle, folder, wish, report)
+        new = _with_rest(with_webgpu(folder, new), folder, wish, report)
+        measured = measure_gate(Judged(folder), new, Judged(bundle), manifest, report)
+        checks = keep_limits(measured, wish.kept_limits)
+        new = dataclasses.replace(new, checks=(*manifest.checks, *checks))
         write_card(folder, new)
         return seal(folder, new)
 
 
-def _copy_others(manifest: Manifest, bundle: Path, folder: Path) -> None:
+def _with_weights(
+    source: Manifest, bundle: Path, folder: Path, wish: Wish, report: Progress
+) -> Manifest:
+    """Write graphs and weights, all else as it was."""
+    # What the float32 bundle lacks, the new one lacks as well.
+    recipe = min(source.recipe, RECIPE)
+    if wish.form is None:
+        _copy(source, bundle, folder, frozenset())
+        return dataclasses.replace(source, recipe=recipe)
+    graph = source.lowerings["cpu"].graph
+    _copy(source, bundle, folder, frozenset((graph, TREE_GRAPH_NAME, WEIGHTS_NAME)))
+    wide = WeightStore(source, bundle, wish.form, report).write(folder, wish.budget)
+    return dataclasses.replace(
+        source,
+        quantization=_described(wish.weights, wish.form, wide),
+        row_exact=wish.form.row_exact,
+        recipe=recipe,
+    )
+
+
+def _with_rest(manifest: Manifest, folder: Path, wish: Wish, report: Progress) -> Manifest:
+    """Add skipping and the layouts of the KV cache, measured on the new weights."""
+    pieces = calibration_pieces(manifest, folder)
+    if wish.skipping:
+        manifest = add_skipping(folder, manifest, pieces, report=report)
+        if _TREE in manifest.lowerings:
+            write_tree_graph(folder, manifest.lowerings["cpu"].graph)
+            forms = manifest.lowerings | {_TREE: tree_lowering(manifest.lowerings["cpu"])}
+            manifest = dataclasses.replace(manifest, lowerings=forms)
     graph = manifest.lowerings["cpu"].graph
+    model = onnx.load(str(folder / graph), load_external_data=False)
+    scales = calibrate(model, manifest, folder, pieces, progress=report)
+    if not _has_window(model):
+        manifest = with_gear(folder, manifest)
+    return with_layouts(folder, manifest, scales, default=wish.default_kv, names=DENSE)
+
+
+def _has_window(model: onnx.ModelProto) -> bool:
+    """Whether a layer attends to a window only, which GEAR's attention cannot."""
+    return any(
+        attribute.name == "local_window_size" and attribute.i > 0
+        for node in model.graph.node
+        for attribute in node.attribute
+    )
+
+
+def _copy(manifest: Manifest, bundle: Path, folder: Path, left_out: frozenset[str]) -> None:
     for name in manifest.files:
-        if name not in (graph, TREE_GRAPH_NAME, WEIGHTS_NAME, CARD_NAME):
+        if name not in left_out | {CARD_NAME}:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside(bundle, name), target)
 
 
-def _rewrite(
-    manifest: Manifest, bundle: Path, folder: Path, form: WeightFormat, report: Progress
-) -> None:
-    graph = manifest.lowerings["cpu"].graph
-    model = onnx.load(str(inside(bundle, graph)), load_external_data=False)
-
-    moments: dict[str, np.ndarray] = {}
-    pieces = calibration_pieces(manifest, bundle)
-    if form.calibrated:
-        moments = input_moments(model, manifest, bundle, pieces, report)
-    scales = None
-    if form.row_exact:
-        scales = calibrate_scales(model, manifest, bundle, pieces, report)
-
-    def to_blocks(name: str, weight: np.ndarray) -> Blocks:
-        # Some models are as wide as 32 divides and 64 does not; smaller blocks lose nothing.
-        block = form.block if weight.shape[1] % form.block == 0 else _SMALL_BLOCK
-        if name.startswith(form.wide):
-            return quantize_blocks(weight, 8, block)
-        if name in moments:
-            return quantize_gptq(weight, moments[name], form.bits, block)
-        return quantize_blocks(weight, form.bits, block)
-
-    rewriter = GraphRewriter(
-        model, bundle, folder, to_blocks, head_in_rows=form.row_exact, kv_scales=scales
-    )
-    rewriter.write(graph, lambda done, total: report("quantize", done, total))
-    if TREE_GRAPH_NAME in manifest.files:
-        write_tree_graph(folder, graph)
-
-
-def calibration_pieces(manifest: Manifest, bundle: Path) -> list[np.ndarray]:
-    """Pieces of the built-in text from its end; the measurements read it from its beginning."""
-    context = min(_CALIBRATION_CONTEXT, manifest.kv.capacity)
-    return corpus_pieces(manifest, bundle, context, _CALIBRATION_TOKENS, from_end=True)
+def _described(weights: str, form: WeightFormat, wide: frozenset[str]) -> Quantization:
+    method, detail = METHODS[form.method], form.detail
+    if wide:
+        detail += f"; 8 bits for {len(wide)} matrices by a budget"
+    return Quantization(weights, method.bits, method.block, detail)

@@ -38,11 +38,20 @@ class Columns8:
     codes: np.ndarray
     scales: np.ndarray
 
+    def arrays(self) -> list[np.ndarray]:
+        """What is written to the weights file."""
+        return [self.codes, self.scales]
+
 
 def quantize_columns(weight: np.ndarray) -> Columns8:
     """Round a matrix float32 [K, N] to 8 bits a weight, column by column."""
     scales = np.maximum(np.abs(weight).max(axis=0), 1e-30).astype(np.float32) / _LEVELS
     return Columns8(np.rint(weight / scales).astype(np.int8), scales)
+
+
+def quantize_rows(weight: np.ndarray) -> Columns8:
+    """`quantize_columns` of a matrix [N, K], transposed."""
+    return quantize_columns(np.ascontiguousarray(weight.T))
 
 
 def dequantize_columns(q: Columns8) -> np.ndarray:
@@ -65,11 +74,14 @@ def write_product(writer: GraphWriter, x: str, name: str, q: Columns8, outputs: 
             writer.constant(constant, value)
     codes = writer.constant(f"{name}.codes", q.codes)
     scales = writer.constant(f"{name}.columns", q.scales)
-    largest = writer.add("ReduceMax", [writer.add("Abs", [x]), "rows8.axis"], keepdims=1)
-    largest = writer.add("Max", [largest, "rows8.least"])
-    unit = writer.add("Div", [x, largest])
-    rounded = writer.add("QuantizeLinear", [unit, "rows8.unit", "rows8.zero"])
+    sizes = writer.add("Abs", [x], [f"{name}.sizes"])
+    largest = writer.add("ReduceMax", [sizes, "rows8.axis"], [f"{name}.peak"], keepdims=1)
+    largest = writer.add("Max", [largest, "rows8.least"], [f"{name}.largest"])
+    unit = writer.add("Div", [x, largest], [f"{name}.unit"])
+    rounded = writer.add("QuantizeLinear", [unit, "rows8.unit", "rows8.zero"], [f"{name}.rounded"])
     product = writer.add(
-        "MatMulIntegerToFloat", [rounded, codes, "rows8.unit", scales, "rows8.zero"]
+        "MatMulIntegerToFloat",
+        [rounded, codes, "rows8.unit", scales, "rows8.zero"],
+        [f"{name}.product"],
     )
     writer.add("Mul", [product, largest], outputs)

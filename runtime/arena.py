@@ -23,7 +23,8 @@ class Rows(abc.ABC):
 
     Attributes:
         layout: of the cache.
-        length: committed tokens; row i of every array belongs to the i-th of them.
+        length: committed tokens; unless a class says otherwise, row i of every array belongs to
+            the i-th of them.
         pending: rows behind them that the last step wrote and that are not committed.
         epoch: grows when the tensors were lost; graphs that are bound to them are useless then.
     """
@@ -39,6 +40,21 @@ class Rows(abc.ABC):
     def capacity(self) -> int:
         """Tokens that fit."""
         return self.layout.capacity
+
+    @property
+    def used(self) -> int:
+        """Rows of the tensors that are occupied."""
+        return self.length
+
+    @property
+    def position(self) -> int:
+        """Position of the next token."""
+        return self.length
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that one step may have."""
+        return self.capacity
 
     @property
     def nbytes(self) -> int:
@@ -105,12 +121,13 @@ class KVArena(Rows):
     little.
 
     Attributes:
-        arrays: role ``key.N`` or ``value.N`` to array [1, heads, capacity, head_dim].
+        arrays: role ``key.N`` or ``value.N`` to array [1, heads, capacity, head_dim], of packed
+            4-bit codes [1, heads, capacity, head_dim / 2].
     """
 
     def __init__(self, layout: KVLayout) -> None:
         super().__init__(layout)
-        shape = (1, layout.heads, layout.capacity, layout.head_dim)
+        shape = (1, layout.heads, layout.capacity, row_width(layout))
         self.arrays = {
             f"{part}.{layer}": lazy_zeros(shape, layout.dtype)
             for layer in range(layout.layers)
@@ -127,6 +144,11 @@ class KVArena(Rows):
         """Copy rows within every array."""
         for array in self.arrays.values():
             array[:, :, start : start + len(source)] = array[:, :, source]
+
+
+def row_width(layout: KVLayout) -> int:
+    """Items of an array that hold one head's key or value: two codes of 4 bits share a byte."""
+    return layout.head_dim // 2 if layout.dtype == "uint8" and layout.bits == 4 else layout.head_dim
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:

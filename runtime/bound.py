@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from forerun.devices.session import SessionOptions, open_session
 from forerun.runtime.manifest import inside
+from forerun.runtime.skipping import FfnGate
 
 if TYPE_CHECKING:
     from forerun.runtime.arena import Rows
@@ -31,6 +32,10 @@ class BoundGraph:
         options: of the session.
         arena: the KV cache.
         sizes: of the model.
+
+    Attributes:
+        gate: says which feed-forward blocks to skip; None if the graph runs all of them.
+        seconds: spent inside ONNX Runtime.
 
     Raises:
         BundleError: the graph cannot be loaded.
@@ -59,6 +64,8 @@ class BoundGraph:
         tapped = form.outputs.get("features")
         width = int(tapped.shape[-1]) if tapped else 0
         self._features = np.zeros((1, width), np.float32) if tapped else None
+        self.gate = FfnGate(sizes.layers) if "ffn_flags" in form.inputs else None
+        self._bind_gate()
         self._off_host = options.device != "cpu"
         self._shape = (0, 0)
         self.seconds = 0.0
@@ -99,6 +106,7 @@ class BoundGraph:
         if self._off_host:
             # A device gets its copy of an input when it is bound, not when the graph runs.
             self._bind_inputs(count, wanted)
+            self._bind_gate()
         if bias is not None:
             self._bind_input("bias", bias, bias.shape)
         started = time.perf_counter()
@@ -144,6 +152,18 @@ class BoundGraph:
         self._bind_input("rows", self._rows, (wanted,))
         self._bind_input("seqlens", self._seqlens, (1,))
         self._bind_input("total", self._total, ())
+
+    def _bind_gate(self) -> None:
+        if self.gate is None:
+            return
+        for role, array in (
+            ("ffn_flags", self.gate.flags),
+            ("skip_tau", self.gate.tau),
+            ("skip_run", self.gate.run),
+        ):
+            self._bind_input(role, array, array.shape)
+        name, ran = self._form.outputs["ffn_ran"].name, self.gate.ran
+        self._binding.bind_output(name, "cpu", 0, ran.dtype, ran.shape, ran.ctypes.data)
 
     def _bind_shapes(self, count: int, wanted: int) -> None:
         if wanted > len(self._logits):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,6 +70,7 @@ class Generation:
         self._tokens = tokens
         self._setup = setup
         self._history: list[int] | None = None
+        self._blocks = (0, 0)
 
     def ids(self) -> Generator[tuple[int, float | None], None, None]:
         """Yield (token, log-probability or None); sets `reason` at the end.
@@ -82,13 +83,21 @@ class Generation:
         with self._cache.reserved():
             try:
                 self.clock.begin(self._setup)
+                self._blocks = self._ffn_counts()
                 yield from self._loop()
             finally:
                 self._settle()
 
     def stats(self) -> Stats:
         """What was measured; call while the clock counts."""
-        return self.clock.stats(getattr(self._cache.runner, "device", "cpu"))
+        stats = self.clock.stats(getattr(self._cache.runner, "device", "cpu"))
+        ran, possible = (
+            now - then for now, then in zip(self._ffn_counts(), self._blocks, strict=True)
+        )
+        return replace(stats, ffn_share=ran / possible) if possible else stats
+
+    def _ffn_counts(self) -> tuple[int, int]:
+        return getattr(self._cache.runner, "ffn_counts", (0, 0))
 
     def _settle(self) -> None:
         """Leave the KV cache in line with the ids, whatever happened."""

@@ -25,15 +25,21 @@ from forerun.runtime.drafting.choice import (
 from forerun.runtime.drafting.plan import check_name
 from forerun.runtime.drafting.policy import check_policy
 from forerun.runtime.drafting.schedules import SCHEDULES
+from forerun.runtime.kv_request import NO_DRAFTING, KVRequest
 from forerun.runtime.manifest import Manifest, inside, load_manifest
 from forerun.runtime.prefix import PrefixCache
+from forerun.runtime.skipping import NO_SKIPPING
 from forerun.runtime.template import MAX_TEMPLATE_CHARS
 from forerun.runtime.text import Text
 from forerun.runtime.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "smollm2-135m"
 MAX_THREADS = 1024
-_SERIAL = "serial"
+_SERIAL, _SELF = "serial", "skip"
+_NO_DRAFTING_SKIPPED = (
+    "drafting does not go with skipping: drafts are verified in full, so that the text would "
+    "depend on them; use the drafter none, or skipping off"
+)
 # Where drafting cannot change the text of a row-exact bundle.
 _EXACT = "cpu"
 
@@ -52,6 +58,10 @@ def load(
     allow_fallback: bool = False,
     on_fallback: Callable[[str], None] | None = None,
     on_placement: Callable[[str], None] | None = None,
+    kv: str | None = None,
+    kv_budget: str | int | None = None,
+    window: int | None = None,
+    skipping: str = NO_SKIPPING,
 ) -> Text:
     """Load a text model from its bundle.
 
@@ -68,41 +78,73 @@ def load(
             and chooses threads, drafter and schedule too, where those are not given.
         allow_fallback: go on on the CPU if that device cannot be opened, or fails later.
         on_fallback: told when that happens, and why; None gives a `RuntimeWarning`.
-        on_placement: told in two lines what ``auto`` chose, and why.
+        on_placement: told what ``auto`` chose, and why, and how long `kv_budget` is in tokens.
+        kv: a layout of the KV cache that the bundle has (`layouts.LAYOUTS`); None takes its own.
+        kv_budget: bytes, or a size such as ``64MB``, that the KV cache may take.
+        window: tokens of a KV cache that keeps only the first and the newest; no drafter then.
+        skipping: see `skipping.parse_skipping`; lossy, no drafter then.
 
     Raises:
         UnknownModelError: there is no such model on this machine.
-        BundleError: the bundle is damaged.
+        BundleError: the bundle is damaged, or of another time.
         DeviceError: the device is not here, or cannot run the whole model.
-        OptionError: `threads` is out of range, or there is no such device, drafter, policy or
-            schedule.
+        OptionError: a number is out of range, or options contradict each other or are not known.
         UnsupportedError: the drafter does not fit the model.
+    """
+    check_threads(threads)
+    devices, asked = parse_devices(device), KVRequest(kv, kv_budget, window)
+    drafting = _drafting(_Drafting(drafter, policy, schedule, trees), devices, asked, skipping)
+    name = os.fspath(model)
+    bundle = _read_bundle(find_bundle(name if variant is None else f"{name}:{variant}"))
+    bundle = _shaped(bundle, asked, devices.target or "cpu", on_placement)
+    opening = _Opening(devices, threads, spin, allow_fallback, skipping)
+    return _opened(bundle, opening, drafting, asked, on_fallback, on_placement)
 
-    Example:
-        >>> with load("smollm2-135m") as text:  # doctest: +SKIP
-        ...     print(text.generate("Why is the sky blue?"))
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that is none.
+
+    Raises:
+        OptionError: it is not from 1 to `MAX_THREADS`.
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         raise OptionError(f"threads is {threads!r}; it must be from 1 to {MAX_THREADS}")
-    devices = parse_devices(device)
-    drafting = _Drafting(drafter, policy, schedule, trees, devices.draft or "cpu")
-    name = os.fspath(model)
-    bundle = _read_bundle(find_bundle(name if variant is None else f"{name}:{variant}"))
-    target = devices.target or "cpu"
-    if None in (devices.target, devices.draft):
-        target, threads, drafting = _placed(bundle, devices, drafting, threads, on_placement)
-    if devices.target is None:
-        # Chosen, so that there is nothing to fall back from.
-        allow_fallback = allow_fallback and target != "cpu"
-    fallback = {"allow_fallback": allow_fallback, "on_fallback": on_fallback}
-    return _with_drafters(_opened(bundle, target, threads, spin=spin, **fallback), bundle, drafting)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How the model is opened, see `load`."""
+
+    devices: DeviceRequest
+    threads: int | None
+    spin: bool
+    allow_fallback: bool
+    skipping: str
+
+
+def _refusal(asked: KVRequest, skipping: str) -> str:
+    """Why drafting would change the text; empty if it would not."""
+    if asked.window is not None:
+        return NO_DRAFTING
+    return "" if skipping == NO_SKIPPING else _NO_DRAFTING_SKIPPED
+
+
+def _shaped(
+    bundle: _Bundle, asked: KVRequest, target: str, tell: Callable[[str], None] | None
+) -> _Bundle:
+    """The bundle with the KV cache that was asked for."""
+    manifest, line = asked.apply(bundle.whole, find_provider(target).form)
+    if line and tell is not None:
+        tell(line)
+    return replace(bundle, manifest=manifest)
 
 
 @dataclass(frozen=True)
 class _Bundle:
-    """The parts of a bundle that are read at once."""
+    """The parts of a bundle that are read at once; `manifest` is `whole` as it will run."""
 
     folder: Path
+    whole: Manifest
     manifest: Manifest
     tokenizer: Tokenizer
     template: str | None
@@ -114,7 +156,7 @@ def _read_bundle(folder: Path) -> _Bundle:
         raise UnsupportedError(f"{folder} is a {manifest.kind} model; a text model is needed here")
     manifest.check_files(folder)
     template = _read_template(manifest, folder)
-    return _Bundle(folder, manifest, Tokenizer(manifest, folder), template)
+    return _Bundle(folder, manifest, manifest, Tokenizer(manifest, folder), template)
 
 
 @dataclass(frozen=True)
@@ -125,8 +167,9 @@ class _Drafting:
     policy: str
     schedule: str | None
     trees: bool | None
-    device: str
+    device: str = "cpu"
     threads: int | None = None
+    refusal: str = ""
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -168,13 +211,49 @@ def _placed(
     return found.target, found.threads, chosen
 
 
-def _opened(bundle: _Bundle, device: str, threads: int | None, **how: Any) -> Any:
+def _drafting(how: _Drafting, devices: DeviceRequest, asked: KVRequest, skipping: str) -> _Drafting:
+    """How to draft on those devices; not at all where that would change the text."""
+    how = replace(how, device=devices.draft or "cpu", refusal=_refusal(asked, skipping))
+    if how.drafter == _SELF and None in (devices.target, devices.draft):
+        raise OptionError(f"the drafter {_SELF} runs where the model runs; name that device")
+    if not how.refusal:
+        return how
+    if how.drafter not in (DEFAULT_DRAFTER, NO_DRAFTER):
+        raise OptionError(how.refusal)
+    return replace(how, drafter=NO_DRAFTER)
+
+
+def _opened(
+    bundle: _Bundle,
+    opening: _Opening,
+    drafting: _Drafting,
+    asked: KVRequest,
+    on_fallback: Callable[[str], None] | None,
+    on_placement: Callable[[str], None] | None,
+) -> Text:
+    devices, threads = opening.devices, opening.threads
+    target, may_fall_back = devices.target or "cpu", opening.allow_fallback
+    if None in (devices.target, devices.draft):
+        target, threads, drafting = _placed(bundle, devices, drafting, threads, on_placement)
+    if devices.target is None:
+        # Chosen, so that there is nothing to fall back from.
+        may_fall_back = may_fall_back and target != "cpu"
     # Imported here: onnxruntime takes long to import, and wrong input should be told before.
     from forerun.runtime.open import open_runner
     from forerun.runtime.probe import best_threads
 
-    how["threads"] = threads or best_threads(bundle.manifest)
-    return open_runner(bundle.manifest, bundle.folder, device=device, **how)
+    runner = open_runner(
+        bundle.manifest,
+        bundle.folder,
+        device=target,
+        threads=threads or best_threads(bundle.whole),
+        spin=opening.spin,
+        allow_fallback=may_fall_back,
+        on_fallback=on_fallback,
+        arena=asked.arena(bundle.manifest),
+        skipping=opening.skipping,
+    )
+    return _with_drafters(runner, bundle, drafting)
 
 
 def _with_drafters(runner: Any, bundle: _Bundle, how: _Drafting) -> Text:
@@ -185,12 +264,13 @@ def _with_drafters(runner: Any, bundle: _Bundle, how: _Drafting) -> Text:
         chosen = default_drafter(manifest, runner.device)
     drafters = Drafters(
         manifest,
-        named_drafters(manifest, bundle.folder, how.threads or runner.threads, how.device),
+        named_drafters(manifest, bundle.folder, how.threads or runner.threads, how.device, runner),
         default=chosen,
         schedule=how.schedule or _SERIAL,
         trees=trees_allowed(manifest, lowering) if how.trees is None else how.trees,
         device=how.device,
         means=lambda: measured_means(cache, runner.device, runner.threads, how.policy),
+        refusal=how.refusal,
     )
     text = Text(runner, bundle.tokenizer, bundle.template, cache=cache, drafters=drafters)
     try:

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from forerun.errors import BundleError
+from forerun.runtime.layouts import check_layouts
 from forerun.runtime.strict import decode
 
 FORMAT_VERSION = 1
@@ -35,7 +36,18 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The KV cache of one stream: `layers` pairs of arrays [1, heads, capacity, head_dim]."""
+    """The KV cache of one stream: `layers` pairs of arrays [1, heads, capacity, head_dim].
+
+    Attributes:
+        dtype: of the arrays; codes of 4 bits are packed two a byte, so `head_dim` is halved.
+        bits: of a value.
+        group: tokens that share scales, 0 for scales that are part of the graph.
+        kind: ``dense``, which the attention operator reads itself, or a form of GEAR.
+        rank: of the factors that a form of GEAR keeps of the rounding errors.
+        outliers: share of the values that it keeps exactly.
+        buffer: newest tokens that it keeps in float32.
+        overhead: bytes a cached token takes beyond its codes.
+    """
 
     layers: int
     heads: int
@@ -44,16 +56,22 @@ class KVLayout:
     dtype: str = "float32"
     bits: int = 32
     group: int = 0
+    kind: str = "dense"
+    rank: int = 0
+    outliers: float = 0.0
+    buffer: int = 0
+    overhead: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values at full capacity."""
-        return 2 * self.layers * self.heads * self.head_dim * self.capacity * self.bits // 8
+        return self.nbytes_per_token * self.capacity
 
     @property
     def nbytes_per_token(self) -> int:
         """Bytes one cached token takes."""
-        return self.nbytes // self.capacity
+        codes = 2 * self.layers * self.heads * self.head_dim * self.bits // 8
+        return codes + self.overhead
 
 
 @dataclass(frozen=True)
@@ -124,6 +142,51 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class SkipLevel:
+    """Thresholds that skip about `ratio` of the feed-forward blocks, see `Skipping`."""
+
+    ratio: float
+    tau: float
+    run: int
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """What calibration found about skipping feed-forward blocks (FFN-SkipLLM, Jaiswal 2024).
+
+    Attributes:
+        first: first layer whose block may be skipped.
+        stop: the layer after the last such one.
+        cosine: per layer, between the residual stream before and after its block, mean.
+        order: layers from `first` to `stop`, in the order in which a static set grows.
+        levels: of the adaptive rule: once a cosine reaches `tau`, the next `run` are skipped.
+        warmup: tokens of an answer that run in full before.
+        default: the ratio that is used when nothing is said; 0 skips nothing.
+    """
+
+    first: int
+    stop: int
+    cosine: tuple[float, ...]
+    order: tuple[int, ...]
+    levels: tuple[SkipLevel, ...]
+    warmup: int = 0
+    default: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How keys are rotated: channels i and i + head_dim / 2 of a head by position * frequency.
+
+    Attributes:
+        frequencies: the different lists there are, each of head_dim / 2 radians a position.
+        layers: which of them each layer uses.
+    """
+
+    frequencies: tuple[tuple[float, ...], ...]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Check:
     """What the exporter or the quantizer measured before it let the bundle out."""
 
@@ -142,6 +205,9 @@ class Manifest:
         row_exact: row i of a chain step of several rows is bit-equal to a step of that row alone,
             on the CPU, so that verifying drafts cannot change the text.
         recipe: revision of how exporter and quantizer made it; 0 if none was recorded.
+        kv_layouts: further layouts of the KV cache, for which there are lowerings ``cpu+NAME``.
+        skipping: how feed-forward blocks can be skipped, if the graph can.
+        rotary: the rotation of the keys, for caches that move them; None was not recorded.
     """
 
     format_version: int
@@ -157,6 +223,9 @@ class Manifest:
     taps: tuple[int, ...] = ()
     row_exact: bool = False
     recipe: int = 0
+    kv_layouts: dict[str, KVLayout] = field(default_factory=dict)
+    skipping: Skipping | None = None
+    rotary: Rotary | None = None
     checks: tuple[Check, ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
 
@@ -267,8 +336,10 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
 
 def _check_consistent(manifest: Manifest, folder: Path) -> None:
     kv, sizes = manifest.kv, manifest.model
-    numbers = (kv.heads, kv.head_dim, kv.capacity, kv.layers, sizes.vocab, sizes.hidden)
-    if min(*numbers, sizes.layers, sizes.context) < 1 or kv.layers > 4096 or kv.capacity > 1 << 24:
+    numbers = [sizes.vocab, sizes.hidden, sizes.layers, sizes.context]
+    for layout in (kv, *manifest.kv_layouts.values()):
+        numbers += [layout.heads, layout.head_dim, layout.capacity, layout.layers, layout.bits]
+    if min(numbers) < 1 or kv.layers > 4096 or kv.capacity > 1 << 24:
         raise BundleError("manifest: sizes must be positive and within reason")
     if not manifest.lowerings:
         raise BundleError("manifest: no lowering is listed, so nothing can run")
@@ -281,6 +352,7 @@ def _check_consistent(manifest: Manifest, folder: Path) -> None:
             raise BundleError(f"manifest: {name} is used but not listed under files")
     for name in manifest.files:
         inside(folder, name)
+    check_layouts(manifest)
 
 
 def _read_seal(folder: Path) -> dict[str, list[Any]]:

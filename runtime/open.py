@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,35 @@ from forerun.devices.providers import PROVIDERS, find_provider
 from forerun.errors import DeviceError, OptionError
 from forerun.runtime.fallback import FallbackRunner
 from forerun.runtime.runner import Runner
+from forerun.runtime.skipping import NO_SKIPPING, parse_skipping
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from forerun.runtime.arena import Rows
     from forerun.runtime.manifest import Manifest
     from forerun.runtime.static_runner import StaticRunner
 
 _CPU = "cpu"
+_DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is the same on every device, see `open_runner`."""
+
+    threads: int | None
+    spin: bool
+    arena: Rows | None
+    skipping: str
+
+    @property
+    def needs_cpu(self) -> str:
+        """What only the CPU can do of it; empty if nothing."""
+        if self.arena is not None:
+            return "a window of the KV cache"
+        return "" if self.skipping == NO_SKIPPING else "skipping"
 
 
 def open_runner(
@@ -31,6 +52,8 @@ def open_runner(
     spin: bool = True,
     allow_fallback: bool = False,
     on_fallback: Callable[[str], None] | None = None,
+    arena: Rows | None = None,
+    skipping: str = NO_SKIPPING,
 ) -> Runner | StaticRunner | FallbackRunner:
     """Open a bundle's graph on a device.
 
@@ -42,16 +65,20 @@ def open_runner(
         spin: let waiting threads spin; False when another session runs at the same time.
         allow_fallback: go on on the CPU if the device cannot be opened or fails later.
         on_fallback: told when that happens, and why; None gives a `RuntimeWarning`.
+        arena: a KV cache of the caller's own, see `window.open_window`. CPU only.
+        skipping: feed-forward blocks to leave out, see `skipping.parse_skipping`. CPU only.
 
     Raises:
         BundleError: the bundle has no form for the device, or its graph cannot be loaded.
         DeviceError: the device is not here, or cannot run the whole graph, and going on on the
             CPU was not allowed.
-        OptionError: the device is unknown, `threads` is out of range, or falling back to the CPU
-            was asked of the CPU.
+        OptionError: the device is unknown or cannot do what is asked, an option is out of range,
+            or falling back to the CPU was asked of the CPU.
     """
-    row = find_provider(device)
-    open_on = partial(_open, manifest, folder, threads, spin)
+    row, how = find_provider(device), _How(threads, spin, arena, skipping)
+    if how.needs_cpu and row.name != _CPU:
+        raise OptionError(f"{how.needs_cpu} works on the cpu only, not on {row.name}")
+    open_on = partial(_open, manifest, folder, how)
     if not allow_fallback:
         return open_on(row.name)
     if row.name == _CPU:
@@ -73,14 +100,26 @@ def devices_for(manifest: Manifest) -> list[str]:
     ]
 
 
-def _open(
-    manifest: Manifest, folder: Path, threads: int | None, spin: bool, device: str
-) -> Runner | StaticRunner:
+def _open(manifest: Manifest, folder: Path, how: _How, device: str) -> Runner | StaticRunner:
+    if device == _CPU:
+        return _open_cpu(manifest, folder, how)
     if find_provider(device).static_shapes:
         from forerun.runtime.static_runner import StaticRunner
 
-        return StaticRunner(manifest, folder, threads=threads, spin=spin, device=device)
-    return Runner(manifest, folder, threads=threads, spin=spin, device=device)
+        return StaticRunner(manifest, folder, threads=how.threads, spin=how.spin, device=device)
+    return Runner(manifest, folder, threads=how.threads, spin=how.spin, device=device)
+
+
+def _open_cpu(manifest: Manifest, folder: Path, how: _How) -> Runner:
+    kind = Runner
+    if manifest.kv.kind != _DENSE:
+        from forerun.runtime.gear.runner import GearRunner
+
+        kind = GearRunner
+    rule = parse_skipping(how.skipping, manifest)
+    return kind(
+        manifest, folder, threads=how.threads, spin=how.spin, skipping=rule, arena=how.arena
+    )
 
 
 def _warn(message: str) -> None:

@@ -13,12 +13,15 @@ from forerun.runtime.arena import KVArena, Rows
 from forerun.runtime.bound import MAX_ROWS, BoundGraph
 from forerun.runtime.device_arena import DeviceArena
 from forerun.runtime.rows import check_ids, tree_bias, tree_depths, wanted_rows
+from forerun.runtime.skipping import Singles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from forerun.devices.providers import Provider
     from forerun.runtime.manifest import Manifest
+    from forerun.runtime.skipping import SkipRule
 
 Want = Literal["last", "all", "none"]
 _TREE = "{}-tree"
@@ -41,11 +44,13 @@ class Runner:
         lowering: which form of the graph to run; None takes the device's.
         device: a name of `forerun.devices.providers.PROVIDERS`. The KV cache lies in its memory,
             and only ids and the wanted rows' logits cross.
+        skipping: which feed-forward blocks single-row steps leave out; None runs all of them.
+        arena: the KV cache, e.g. `forerun.runtime.window.open_window`'s; None makes one.
 
     Raises:
         BundleError: the bundle lacks the lowering, or its graph cannot be loaded.
         DeviceError: the device is not here, cannot run the whole graph, or lacks memory.
-        OptionError: `threads` is out of range, or the device is unknown.
+        OptionError: `threads` is out of range, the device is unknown, or the graph cannot skip.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class Runner:
         spin: bool = True,
         lowering: str | None = None,
         device: str = "cpu",
+        skipping: SkipRule | None = None,
+        arena: Rows | None = None,
     ) -> None:
         row = find_provider(device)
         self.manifest, self.device = manifest, device
@@ -65,14 +72,39 @@ class Runner:
         self._options = SessionOptions(threads=threads, spin=spin, device=device)
         self.threads = self._options.resolved_threads()
         self._require(self._lowering)
-        self.arena: Rows = KVArena(manifest.kv)
-        if row.memory == "device":
-            self.arena = DeviceArena(manifest, folder, self._options, self._lowering)
+        self.arena: Rows = self._new_arena(row) if arena is None else arena
         self._spent = 0.0
         self._epoch = self.arena.epoch
         self._chain = self._open(self._lowering)
         self._tree: BoundGraph | None = None
         self._last = self._chain
+        self._singles = Singles(manifest.model.layers)
+        self.skipping = skipping
+
+    @property
+    def skipping(self) -> SkipRule | None:
+        """Which feed-forward blocks steps of a single row leave out; other steps run them all."""
+        return self._skipping
+
+    @skipping.setter
+    def skipping(self, rule: SkipRule | None) -> None:
+        if rule is not None and self._chain.gate is None:
+            raise OptionError(
+                f"the form {self._lowering!r} of {self.manifest.name} cannot skip feed-forward "
+                "blocks; quantize it with --skipping and run it on the cpu"
+            )
+        self._skipping = rule
+
+    @property
+    def ffn_counts(self) -> tuple[int, int]:
+        """Feed-forward blocks that single-row steps ran so far, and how many there were."""
+        return self._singles.ran, self._singles.possible
+
+    @property
+    def ffn_share(self) -> float:
+        """The first of `ffn_counts` by the second; 1 before the first such step."""
+        ran, possible = self.ffn_counts
+        return ran / possible if possible else 1.0
 
     @property
     def session_time(self) -> float:
@@ -142,6 +174,11 @@ class Runner:
         if self._tree:
             self._tree.close()
 
+    def _new_arena(self, provider: Provider) -> Rows:
+        if provider.memory == "device":
+            return DeviceArena(self.manifest, self._folder, self._options, self._lowering)
+        return KVArena(self.manifest.kv)
+
     def _require(self, lowering: str) -> None:
         forms = self.manifest.lowerings
         if lowering not in forms:
@@ -167,16 +204,21 @@ class Runner:
         self._epoch = self.arena.epoch
 
     def _run_chain(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        past = self.arena.length
-        with self.arena.guarded():
-            logits = self._chain.run(ids, past, rows, past)
+        arena, gate, count = self.arena, self._chain.gate, len(ids)
+        if gate is not None:
+            steps = self._singles.before(arena.length)
+            rule = self._skipping if count == 1 else None
+            gate.set(rule.choose(steps) if rule else None)
+        with arena.guarded():
+            logits = self._chain.run(ids, arena.position, rows, arena.used)
         self._last = self._chain
-        self.arena.length, self.arena.pending = past + len(ids), 0
+        arena.length, arena.pending = arena.length + count, 0
+        self._singles.note(count, arena.length, gate)
         return logits
 
     def _run_tree(self, ids: np.ndarray, rows: np.ndarray, parents: Sequence[int]) -> np.ndarray:
-        past = self.arena.length
-        positions = past + tree_depths(parents, len(ids))
+        past = self.arena.used
+        positions = self.arena.position + tree_depths(parents, len(ids))
         if self._tree is None:
             self._tree = self._open(_TREE.format(self._lowering))
         if not past:
@@ -189,4 +231,5 @@ class Runner:
             logits = self._tree.run(ids, positions, rows, past, tree_bias(parents, past))
         self._last = self._tree
         self.arena.pending = len(ids)
+        self._singles.end()
         return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any, TypeVar
@@ -26,8 +27,7 @@ def decode(cls: type[T], value: Any, where: str = "manifest") -> T:
     """
     if not isinstance(value, dict):
         raise BundleError(f"{where} must be an object, got {type(value).__name__}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints, fields = _described(cls)
     unknown = sorted(set(value) - set(fields))
     if unknown:
         raise BundleError(f"{where} has the unknown key {unknown[0]!r}; known: {', '.join(fields)}")
@@ -38,6 +38,12 @@ def decode(cls: type[T], value: Any, where: str = "manifest") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise BundleError(f"{where} lacks the key {name!r}")
     return cls(**kwargs)
+
+
+@functools.cache
+def _described(cls: type) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
+    """Types and fields by name; a manifest has hundreds of objects of a few classes."""
+    return typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

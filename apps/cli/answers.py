@@ -75,6 +75,7 @@ def stats_line(stats: Stats) -> str:
         f"first token after {stats.ttft_ms:.0f} ms, "
         f"{stats.new_tokens} new tokens at {stats.decode_tok_s:.1f} tok/s, "
         f"{_draft_figures(stats)}"
+        f"{_skipped(stats)}"
         f"{_places(stats)}"
         f"{100 * stats.session_share:.1f} % of the time in ONNX Runtime, "
         f"peak memory {stats.peak_rss_mb:.0f} MB"
@@ -87,6 +88,13 @@ def _places(stats: Stats) -> str:
     if set(used.values()) <= {"cpu"}:
         return ""
     return ", ".join(f"{part} on {device}" for part, device in used.items()) + ", "
+
+
+def _skipped(stats: Stats) -> str:
+    """How many feed-forward blocks were left out; nothing if none."""
+    if stats.ffn_share >= 1:
+        return ""
+    return f"lossy: {100 * (1 - stats.ffn_share):.0f} % of the feed-forward blocks skipped, "
 
 
 def _draft_figures(stats: Stats) -> str:

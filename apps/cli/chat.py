@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forerun.apps.cli import options
+from forerun.apps.cli import cache_options, options
 from forerun.apps.cli.answers import collect, stats_line
 from forerun.apps.cli.interrupt import cancel_on_interrupt
 from forerun.apps.cli.output import emit, emit_answer, to_json
@@ -29,6 +29,8 @@ take the values the model's authors recommend.
 \b
 forerun chat
 forerun chat --system "You are a pirate." --temperature 0.7 --stats
+forerun chat --kv int4                  # an eighth of the memory for the conversation
+forerun chat --window 2048              # a conversation without end
 printf 'What is 2+2?\\nAnd 3+3?\\n' | forerun chat
 
 \b
@@ -38,6 +40,7 @@ In the chat: /help, /reset, /system TEXT, /save FILE, /exit.
 _QUIET_S = 1.0
 _BLOCK = '"""'
 _HISTORY_LINES = 1000
+_ENDLESS = 1 << 31
 
 
 def chat(
@@ -57,9 +60,14 @@ def chat(
     device: options.Device = "cpu",
     allow_fallback: options.AllowFallback = False,
     threads: options.Threads = None,
+    kv: cache_options.KV = None,
+    kv_budget: cache_options.KVBudget = None,
+    window: cache_options.Window = None,
+    skipping: cache_options.Skipping = "off",
     stats: options.StatsLine = False,
 ) -> int:
     """Talk with a model; `HELP` is what the user reads."""
+    cache = cache_options.cache_arguments(locals())
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = {name: value for name, value in locals().items() if name in names}
     options.sampling_params(sampling, (), seed)
@@ -71,6 +79,7 @@ def chat(
         "device": options.devices(device, drafter),
         "allow_fallback": allow_fallback,
     }
+    where |= cache
     where |= {"drafter": drafter, "on_fallback": note, "on_placement": note_lines}
     with reporter(_QUIET_S) as show, load(model, threads=threads, **where) as text:
         show.close()
@@ -80,8 +89,13 @@ def chat(
         talk = Conversation(text.chat(system=system), how, stats)
         with _terminal_history() as interactive:
             if interactive:
-                note(f"{text.manifest.name}, context {text.manifest.kv.capacity}; /help, /exit")
+                note(f"{text.manifest.name}, {_room(text.capacity)}; /help, /exit")
             return talk.run(interactive)
+
+
+def _room(capacity: int) -> str:
+    """How long a conversation can become; a window has no end."""
+    return f"context {capacity}" if capacity < _ENDLESS else "no end, old text is forgotten"
 
 
 @dataclass

@@ -1,51 +1,250 @@
-"""`forerun evaluate`: what a bundle is worth, alone or beside another one."""
+"""`forerun evaluate`: what bundles are worth, alone or beside a reference, as table or picture."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from forerun.apps.cli import options
 from forerun.apps.cli.output import emit_json, emit_table
 from forerun.apps.cli.progress import reporter
-from forerun.apps.cli.quantize import Bundle
+from forerun.errors import OptionError
 
-HELP = """Measure what a bundle is worth.
+if TYPE_CHECKING:
+    from forerun.quant.evaluate import Judged, Plan
 
-Perplexity and size, and with --against the distance from another bundle, on built-in text.
+HELP = """Measure what bundles are worth, and what made them small has cost.
+
+Perplexity, recall from afar, size, speed and memory; with --against also the distance from that
+bundle: KL divergence, the same best token, and how long greedy answers stay the same. The text is
+built in: prose, reference text and code, all in the public domain.
 
 \b
-forerun evaluate smollm2-135m
-forerun evaluate smollm2-135m --against smollm2-135m:fp32 --json
+forerun evaluate smollm2-135m --against smollm2-135m:fp32
+forerun evaluate smollm2-135m --against smollm2-135m:fp32 --kv fp32,int8,int4 --json
+forerun evaluate smollm2-135m smollm2-135m:int8 --against smollm2-135m:fp32 --plot cost.png
+forerun evaluate --from weights.json --from kv.json --plot cost.png
+
+With several bundles, layouts or shares every combination is a row. Speed and memory are those of a
+process of its own for each row, by turns.
 """
 
+Bundles = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10
+    typer.Argument(metavar="BUNDLE...", help="Bundles, or the NAMES of pulled models."),
+]
 Against = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--against", metavar="BUNDLE", help="The reference for KL and agreement."),
 ]
-Window = Annotated[int, typer.Option("--context", min=16, help="Tokens the model sees at once.")]
-Tokens = Annotated[int, typer.Option("--tokens", min=16, help="Tokens of text to measure on.")]
+Layouts = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--kv", metavar="NAME,NAME,...", help="KV layouts; a bundle's default if absent."),
+]
+Skips = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--skipping",
+        metavar="SHARE,SHARE,...",
+        help="Shares of the feed-forward blocks that decoding skips, or off.",
+    ),
+]
+KvWindows = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--window",
+        metavar="N,N,...",
+        help="Rows of a cache of first and newest tokens only, or off.",
+    ),
+]
+Plot = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--plot", metavar="FILE.png", help="Draw quality against bytes and speed."),
+]
+Saved = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option(
+        "--from",
+        metavar="FILE.json",
+        help="Rows of an earlier --json, or of bench quality --json; repeatable.",
+    ),
+]
+Windows = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--context",
+        metavar="N,N,...",
+        show_default="512,2048, as far as the bundle reaches",
+        help="Tokens the model sees at once.",
+    ),
+]
+Tokens = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--tokens", min=16, show_default="9216", help="Tokens of text to measure on."),
+]
+TextFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--text", metavar="FILE", help="Your own UTF-8 text, not the built-in ones."),
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Measure less: coarser figures in a fraction of the time.")
+]
+
+_COLUMNS = {
+    "perplexity": "perplexity",
+    "kl_mean": "KL",
+    "kl_p99": "KL p99",
+    "top1_agreement": "top-1",
+    "agreement_tokens": "agreement",
+    "recall": "recall %",
+    "bytes_per_weight": "B/weight",
+    "kv_bytes_per_token": "KV B/token",
+    "decode_tok_s": "tok/s",
+    "peak_rss_mb": "peak MB",
+}
+# What a nested figure is shortened to in a table.
+_PART = {"agreement_tokens": "mean", "decode_tok_s": "median"}
+_HIDDEN = ("by_context", "by_text", "recall_by_depth_against", "decode_by_depth", "model", "label")
 
 
 def evaluate(
-    bundle: Bundle,
+    bundles: Bundles = None,
     against: Against = None,
-    context: Window = 512,
-    tokens: Tokens = 4096,
+    kv: Layouts = None,
+    ffn_skip: Skips = None,
+    window: KvWindows = None,
+    plot: Plot = None,
+    saved: Saved = None,
+    context: Windows = None,
+    tokens: Tokens = None,
+    text: TextFile = None,
+    quick: Quick = False,
+    threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
-    """Evaluate a bundle; `HELP` is what the user reads."""
-    from forerun.devices.home import find_bundle
+    """Evaluate bundles; `HELP` is what the user reads."""
+    from forerun.apps.bench.quality_plot import check_plot, read_saved, write_quality_plot
 
-    judged, reference = find_bundle(bundle), find_bundle(against) if against else None
-    from forerun.quant.evaluate import evaluate as run
+    _check_given(bundles, saved, plot, against)
+    if plot:
+        check_plot(plot)
+    rows = [row for path in saved or () for row in read_saved(path)]
+    if bundles:
+        from forerun.devices.home import find_bundle
+        from forerun.quant.evaluate import evaluate_all
 
-    with reporter() as show:
-        result: dict[str, Any] = run(
-            judged, against=reference, context=context, max_tokens=tokens, progress=show
-        )
+        judged = _rows(bundles, kv, ffn_skip, window, threads)
+        reference = find_bundle(against) if against else None
+        plan = _plan(context, tokens, text, quick, judged, reference)
+        with reporter() as show:
+            rows += evaluate_all(judged, reference, plan=plan, progress=show)
+    if plot:
+        write_quality_plot(rows, plot)
     if as_json:
-        emit_json(result)
+        emit_json(rows[0] if len(rows) == 1 else {"rows": rows})
     else:
-        emit_table(("measure", "value"), list(result.items()))
+        _show(rows)
+
+
+def _check_given(
+    bundles: list[str] | None, saved: list[Path] | None, plot: Path | None, against: str | None
+) -> None:
+    if not bundles and not saved:
+        raise OptionError("name a BUNDLE, or rows that were saved with --from FILE.json")
+    if not bundles and against:
+        raise OptionError("--against needs a BUNDLE; the rows of --from are measured already")
+    if saved and not plot:
+        raise OptionError("--from needs --plot FILE.png: saved rows are only drawn")
+    if bundles and plot and not against:
+        raise OptionError("--plot needs --against BUNDLE: it draws the distance from that")
+
+
+def _rows(
+    bundles: list[str],
+    kv: str | None,
+    ffn_skip: str | None,
+    window: str | None,
+    threads: int | None,
+) -> list[Judged]:
+    """Every combination of bundle, KV layout, window and skipping."""
+    from forerun.devices.home import find_bundle
+    from forerun.quant.evaluate import Judged
+
+    shares = [None if word == "off" else word for word in _list("--skipping", ffn_skip)]
+    windows = [None if word == "off" else word for word in _list("--window", window)]
+    rows = [None if word is None else _number("--window", word) for word in windows]
+    return [
+        Judged(find_bundle(bundle), layout, share, size, threads)
+        for bundle in bundles
+        for layout in _list("--kv", kv)
+        for size in rows
+        for share in shares
+    ]
+
+
+def _list(option: str, text: str | None) -> list[Any]:
+    if text is None:
+        return [None]
+    words = [word.strip() for word in text.split(",")]
+    if "" in words or len(set(words)) < len(words):
+        raise OptionError(f"{option} {text!r} must be different names with commas between")
+    return words
+
+
+def _number(option: str, word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise OptionError(f"{option} must be numbers such as 512,2048, got {word!r}") from None
+
+
+def _plan(
+    context: str | None,
+    tokens: int | None,
+    text: Path | None,
+    quick: bool,
+    judged: list[Judged],
+    reference: Path | None,
+) -> Plan:
+    from forerun.quant.evaluate import QUICK, Judged, Plan, contexts_within
+
+    plan = QUICK if quick else Plan()
+    if context is None:
+        everyone = [*judged, Judged(reference)] if reference else judged
+        contexts = contexts_within(everyone, plan.contexts)
+    else:
+        contexts = tuple(_number("--context", word) for word in _list("--context", context))
+    given = plan.tokens if tokens is None else tokens
+    if tokens is None:
+        # Who asks for a long context wants at least one of it.
+        given = max(given, *contexts)
+    return dataclasses.replace(plan, contexts=contexts, tokens=given, text=text)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    if len(rows) == 1 and "runtime" not in rows[0]:
+        fields = ((k, v) for k, v in rows[0].items() if k not in _HIDDEN)
+        emit_table(("measure", "value"), [(k, _cell(k, v)) for k, v in fields])
+        return
+    table = [
+        (
+            row.get("label") or f"{row.get('runtime', '')} {row.get('weights', '')}".strip(),
+            *(_cell(name, row.get(name)) for name in _COLUMNS),
+        )
+        for row in rows
+    ]
+    emit_table(("method", *_COLUMNS.values()), table)
+
+
+def _cell(name: str, value: Any) -> Any:
+    """One cell: a list as words, a nested figure as its best-known part."""
+    if name == "recall_by_depth":
+        return ", ".join(f"{depth}: {one['recall']:.0f} %" for depth, one in value.items())
+    if isinstance(value, dict):
+        return value.get(_PART.get(name, "median"))
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return value

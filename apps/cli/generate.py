@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from forerun.apps.cli import options
+from forerun.apps.cli import cache_options, options
 from forerun.apps.cli.answers import Answer, answer_json, collect, stats_line
 from forerun.apps.cli.interrupt import cancel_on_interrupt
 from forerun.apps.cli.output import emit, emit_answer, emit_json
@@ -31,6 +31,7 @@ forerun generate "Write a haiku." --temperature 0.8 --top-p 0.95 --seed 7 --stat
 git diff | forerun generate - --system "Describe this change." --max-tokens 80
 forerun generate "Once upon a time" --raw --json
 forerun generate "Correct the spelling: ..." --drafter ngram --stats
+forerun generate "Summarise: ..." --kv int4 --kv-budget 64MB
 forerun generate --file prompts.jsonl --out results.jsonl
 
 \b
@@ -73,6 +74,7 @@ class Request:
         accept: which guesses stay.
         device: where the model runs, and a draft model.
         allow_fallback: go on on the CPU if that device is missing or fails.
+        cache: arguments of `forerun.load` about the KV cache and skipping.
     """
 
     sampling: SamplingParams
@@ -86,6 +88,7 @@ class Request:
     accept: str = "match"
     device: str = "cpu"
     allow_fallback: bool = False
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def how_to_load(self) -> dict[str, Any]:
         """Arguments of `forerun.load` that this run asks for."""
@@ -95,6 +98,7 @@ class Request:
             "allow_fallback": self.allow_fallback,
             "on_fallback": note,
             "on_placement": note_lines,
+            **self.cache,
         }
 
 
@@ -121,6 +125,10 @@ def generate(
     device: options.Device = "cpu",
     allow_fallback: options.AllowFallback = False,
     threads: options.Threads = None,
+    kv: cache_options.KV = None,
+    kv_budget: cache_options.KVBudget = None,
+    window: cache_options.Window = None,
+    skipping: cache_options.Skipping = "off",
     logprobs: Logprobs = False,
     as_json: options.Json = False,
     stats: options.StatsLine = False,
@@ -169,6 +177,7 @@ def _request(given: dict[str, Any]) -> Request:
         accept=options.accept_rule(given["accept"], given["drafter"]),
         device=options.devices(given["device"], given["drafter"]),
         allow_fallback=given["allow_fallback"],
+        cache=cache_options.cache_arguments(given),
     )
 
 

@@ -93,7 +93,8 @@ DrafterName = Annotated[
         show_default="auto where it cannot change the text (int4-exact), else none; "
         "with --device auto what was measured to be best",
         help="Guess ahead, several tokens at a time, with the same text: ngram, recycle, "
-        "ngram+recycle, head, model, model+ngram, auto, or a drafter's folder; none turns it off.",
+        "ngram+recycle, head, model, model+ngram, skip, auto, or a drafter's folder; none turns "
+        "it off.",
     ),
 ]
 Accept = Annotated[

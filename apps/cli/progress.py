@@ -31,6 +31,9 @@ STAGES = {
     "evaluate": Stage("evaluate", "tokens"),
     "measure": Stage("measure steps", "rounds"),
     "drafters": Stage("measure drafters", "done"),
+    "agreement": Stage("greedy agreement", "prompts"),
+    "recall": Stage("recall", "tokens"),
+    "speed": Stage("speed", "runs"),
 }
 
 

@@ -164,7 +164,7 @@ def _to_blocks(name: str, weight: np.ndarray) -> Blocks:
 
 def _manifest(source: DraftWeights, target: Manifest, name: str) -> Manifest:
     c = source.config
-    form = cpu_lowering(c, c.context, False, GRAPH_NAME)
+    form = cpu_lowering(c, False, GRAPH_NAME)
     return Manifest(
         format_version=FORMAT_VERSION,
         kind="text",

@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 from forerun.errors import UnsupportedError
 from forerun.export.graph import EMBEDDING, HEAD_WEIGHT
 from forerun.export.writer import WEIGHTS_NAME
+from forerun.quant.affine import dequantize_affine, split_joined
 from forerun.quant.blocks import Blocks, dequantize, unpack_codes, unpack_zeros
 from forerun.quant.rows8 import Columns8, dequantize_columns
 from forerun.runtime.manifest import Manifest, inside, load_manifest
@@ -35,6 +36,9 @@ class BundleWeights:
         model = onnx.load(str(graph), load_external_data=False)
         self._initializers = {t.name: t for t in model.graph.initializer}
         self._bits: dict[str, int] = {}
+        # Blocks of the input of each matrix to which sums of its blocks are appended.
+        self._joined: dict[str, int] = {}
+        made = {output: node for node in model.graph.node for output in node.output}
         for node in model.graph.node:
             attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             if node.op_type == "GroupQueryAttention":
@@ -45,6 +49,11 @@ class BundleWeights:
                 self.eps = float(attributes["epsilon"])
             if node.op_type == "MatMulNBits":
                 self._bits[node.input[1]] = int(attributes["bits"])
+                source = made.get(node.input[0])
+                if source is not None and source.op_type == "Concat":
+                    sums = made[source.input[1]]
+                    blocks = next(t for t in model.graph.initializer if t.name == sums.input[1])
+                    self._joined[node.input[1]] = blocks.dims[1]
             if node.op_type == "GatherBlockQuantized":
                 self._bits[node.input[0]] = int(attributes["bits"])
         self._check_plain({node.op_type for node in model.graph.node})
@@ -62,6 +71,8 @@ class BundleWeights:
         """A projection as float32 [out, in], e.g. ``qkv.0`` or ``down.3``."""
         if label in self._bits:
             return self._dequantized(label)
+        if f"{label}.codes" in self._initializers:
+            return self._columns(label)
         return np.ascontiguousarray(self.array(label).T)
 
     def embedding(self) -> np.ndarray:
@@ -72,23 +83,26 @@ class BundleWeights:
 
     def head(self) -> np.ndarray:
         """The output head as float32 [vocab, hidden]: the embedding, or its copy in 8 bits."""
-        codes = f"{EMBEDDING}.{HEAD_WEIGHT}.codes"
-        if codes not in self._initializers:
-            return self.embedding()
-        scales = self.array(f"{EMBEDDING}.{HEAD_WEIGHT}.columns")
-        q = Columns8(np.asarray(self.array(codes)), np.asarray(scales))
-        return np.ascontiguousarray(dequantize_columns(q).T)
+        own = f"{EMBEDDING}.{HEAD_WEIGHT}"
+        return self._columns(own) if f"{own}.codes" in self._initializers else self.embedding()
+
+    def _columns(self, name: str) -> np.ndarray:
+        codes, scales = (np.asarray(self.array(f"{name}.{part}")) for part in ("codes", "columns"))
+        return np.ascontiguousarray(dequantize_columns(Columns8(codes, scales)).T)
 
     def _dequantized(self, name: str) -> np.ndarray:
         bits = self._bits[name]
-        scales = np.asarray(self.array(f"{name}.scales"))
+        scales = np.asarray(self.array(f"{name}.scales")).astype(np.float32)
         rows, blocks = scales.shape
         codes = unpack_codes(np.asarray(self.array(name)).reshape(rows, blocks, -1), bits)
         zeros = None
         if f"{name}.zeros" in self._initializers:
             packed = np.asarray(self.array(f"{name}.zeros")).reshape(rows, -1)
             zeros = unpack_zeros(packed, blocks, bits)
-        return dequantize(Blocks(codes, scales, zeros, bits))
+        q = Blocks(codes, scales, zeros, bits)
+        if name in self._joined:
+            return dequantize_affine(split_joined(q, self._joined[name]))
+        return dequantize(q)
 
     def _check_plain(self, ops: set[str]) -> None:
         """Refuse what the torch target does not compute."""

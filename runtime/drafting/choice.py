@@ -55,6 +55,7 @@ class Drafters:
             change the text: on a row-exact bundle only chains are as exact as plain decoding.
         device: where drafters that are opened by name run.
         means: called once, when the first drafter is asked for.
+        refusal: why nothing may be drafted at all; empty if it may.
 
     Raises:
         OptionError: there is no such schedule.
@@ -70,6 +71,7 @@ class Drafters:
         trees: bool | None = None,
         device: str = "cpu",
         means: Callable[[], Means] = Means,
+        refusal: str = "",
     ) -> None:
         check_name("schedule", schedule, SCHEDULES)
         self._manifest, self._open = manifest, open_drafter
@@ -77,6 +79,7 @@ class Drafters:
         self._schedule = schedule
         self._trees = trees_allowed(manifest) if trees is None else trees
         self._device, self._make_means = device, means
+        self._refusal = refusal
         self._means: Means | None = None
         self._opened: dict[str, Drafter] = {}
         self._policies: dict[int, tuple[Drafter, DraftPolicy]] = {}
@@ -100,6 +103,8 @@ class Drafters:
                     f"accept {accept!r} needs a drafter; name one, or leave it at 'match'"
                 )
             return None
+        if self._refusal:
+            raise OptionError(self._refusal)
         found = self._named(chosen) if isinstance(chosen, str) else chosen
         if found.needs_features and not self._manifest.taps:
             raise UnsupportedError(
@@ -171,7 +176,11 @@ def default_drafter(manifest: Manifest, device: str = "cpu") -> str:
 
 
 def named_drafters(
-    manifest: Manifest, folder: Path, threads: int | None = None, device: str = "cpu"
+    manifest: Manifest,
+    folder: Path,
+    threads: int | None = None,
+    device: str = "cpu",
+    runner: object = None,
 ) -> OpenDrafter:
     """What opens drafters by name for the model of a bundle.
 
@@ -180,10 +189,11 @@ def named_drafters(
         folder: of the bundle; trained drafters lie beside it.
         threads: of a drafter's session.
         device: where it runs.
+        runner: the model's own, for drafters that run on it.
     """
     from forerun.runtime.drafting.registry import DrafterContext, open_drafter
 
-    context = DrafterContext(manifest, folder, threads=threads, device=device)
+    context = DrafterContext(manifest, folder, threads=threads, device=device, runner=runner)
     return lambda name: open_drafter(name, context)
 
 

@@ -205,10 +205,13 @@ def measure_costs(
 
 
 def costs_key(manifest: Manifest, device: str, threads: int) -> str:
-    """What measured costs belong to: the bundle's files, device, threads, ONNX Runtime."""
+    """What measured costs belong to: files and KV cache, device, threads, ONNX Runtime."""
     import onnxruntime as ort
 
     files = "".join(f"{name}:{entry.sha256};" for name, entry in sorted(manifest.files.items()))
+    form = manifest.lowerings.get("cpu")
+    # Of several layouts of the cache the same files hold the graphs.
+    files += form.graph if form else ""
     digest = hashlib.sha256(files.encode()).hexdigest()[:24]
     return f"{manifest.name}/{digest}/{device}/{threads} threads/onnxruntime {ort.__version__}"
 

@@ -35,6 +35,7 @@ class DrafterContext:
         spin: let their waiting threads spin; the target runs in turn with them.
         vocab: ids of the target; None takes the manifest's.
         device: where a drafter with a model runs.
+        runner: the target's own, for drafters that run on it; None if it is not loaded.
     """
 
     target_manifest: Manifest
@@ -44,6 +45,7 @@ class DrafterContext:
     spin: bool = False
     vocab: int | None = None
     device: str = "cpu"
+    runner: Any = None
 
     @property
     def ids(self) -> int:
@@ -97,15 +99,19 @@ class DrafterRow:
         make: opens it.
         needs: kinds of drafter folders without which it cannot be opened.
         summary: one line for help texts.
+        skips: whether the target's own graph must be able to skip feed-forward blocks.
     """
 
     name: str
     make: Callable[[DrafterContext], Drafter]
     needs: tuple[str, ...]
     summary: str
+    skips: bool = False
 
     def is_here(self, context: DrafterContext) -> bool:
         """Whether all that it needs is there."""
+        if self.skips and context.target_manifest.skipping is None:
+            return False
         return all(context.find(kind) is not None for kind in self.needs)
 
 
@@ -208,6 +214,14 @@ def _head(context: DrafterContext) -> Drafter:
     return open_head(folder, context)
 
 
+def _skip(context: DrafterContext) -> Drafter:
+    from forerun.runtime.drafting.skip import open_skip
+
+    if context.runner is None:
+        raise OptionError("the drafter skip runs on the model itself; load it with forerun.load")
+    return open_skip(context.runner)
+
+
 def _auto(context: DrafterContext) -> Drafter:
     """All that fits, chosen among round by round; of the trained ones the cheapest."""
     free = [NgramDrafter(), RecycleDrafter(context.ids)]
@@ -225,6 +239,7 @@ _ROWS = (
     DrafterRow("head", _head, ("head",), "a small network trained on the model's hidden states"),
     DrafterRow("model", _model, ("model",), "a small model of its own, on any device"),
     DrafterRow("model+ngram", _cascade, ("model",), "the small model, itself sped up by ngram"),
+    DrafterRow("skip", _skip, (), "the model itself with feed-forward blocks left out", skips=True),
     DrafterRow("auto", _auto, (), "whichever of these gave most lately; plain if none pays"),
 )
 DRAFTERS: dict[str, DrafterRow] = {row.name: row for row in _ROWS}

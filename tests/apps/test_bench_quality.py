@@ -107,9 +107,9 @@ def ready(monkeypatch, tmp_path):
     monkeypatch.setattr(quality, "load_manifest", lambda folder: manifest)
     monkeypatch.setattr(quality, "corpus_pieces", lambda *args: make_pieces(4))
     monkeypatch.setattr(quality, "_read_bundle", lambda folder, threads: reads(5))
-    ours = [Judged("forerun", "fp32", 8, reads(5)), Judged("forerun", "int4", 1, reads(50))]
+    ours = [Judged("forerun", "fp32", 8, 4, reads(5)), Judged("forerun", "int4", 1, 4, reads(50))]
     monkeypatch.setattr(quality, "_bundles", lambda model, threads: (ours, {"forerun int8": "x"}))
-    theirs = [Judged("llama.cpp", "Q4_0", 2, fail)]
+    theirs = [Judged("llama.cpp", "Q4_0", 2, 2, fail)]
     monkeypatch.setattr(quality, "_peers", lambda *args: (theirs, {}))
 
 
@@ -122,6 +122,7 @@ def test_run_quality_compares_all_with_float32(ready, tmp_path, capsys):
     assert other["kl_mean"] > 0.1
     assert same["positions"] == 4 * ROWS
     assert (other["runtime"], other["weights"], other["bytes"]) == ("forerun", "int4", 1)
+    assert other["kv_bytes_per_token"] == 4
     assert result["left_out"] == {"forerun int8": "x", "llama.cpp Q4_0": "its tool failed: killed"}
     assert "its tool failed" in capsys.readouterr().out
 

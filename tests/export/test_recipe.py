@@ -17,16 +17,18 @@ from forerun.quant.quantize import FORMATS, quantize
 from forerun.runtime.manifest import load_manifest
 
 # What tiny bundles of this revision look like. See `test_other_graphs_are_another_revision`.
-REVISION = 1
+REVISION = 2
 SHAPES = {
-    "llama": "eba8eb3b11db",
-    "mistral": "6b5ee27efc5c",
-    "qwen2": "d0b296509357",
-    "qwen3": "0ff75ee1fdc8",
-    "gemma3": "3eaf3df36490",
-    "int4": "b62dcb017c35",
-    "int4-exact": "46df0c39af88",
-    "int8": "7e444fb605af",
+    "llama": "f42a56d7e959",
+    "mistral": "a2d80902b12a",
+    "qwen2": "f08eee9292e1",
+    "qwen3": "db1bf9965c3d",
+    "gemma3": "e30e5c63106a",
+    "int4": "070628a324b8",
+    "int4-fast": "a6b5d796c87e",
+    "int4-exact": "716b057e2c3a",
+    "int8": "3f14aebfc520",
+    "int8-rows": "75ed938a7289",
 }
 
 _PLAIN = (AttributeProto.INT, AttributeProto.INTS, AttributeProto.STRING)

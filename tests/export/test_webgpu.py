@@ -81,7 +81,7 @@ def test_attention_does_not_rotate_by_itself(llama):
 @pytest.mark.parametrize("hidden", [64, 192])
 def test_zero_points_of_odd_rows_are_repacked(hidden, tmp_path):
     _, folder = tiny_bundle("llama", tmp_path, capacity=32, hidden=hidden)
-    manifest = quantize(folder, tmp_path / "q", weights="int4")
+    manifest = quantize(folder, tmp_path / "q", weights="int4-gptq")
     (gather,), graph = nodes_of(tmp_path / "q", "model-webgpu.onnx", "GatherBlockQuantized")
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     zeros = tensors[gather.input[3]]

@@ -31,7 +31,10 @@ def tokens(text, prompt, params, drafter):
     return [event.token for event in events if event.token is not None]
 
 
-@pytest.mark.parametrize("drafter", [name for name in DRAFTERS if name != "none"])
+NAMES = [name for name, row in DRAFTERS.items() if name != "none" and not row.skips]
+
+
+@pytest.mark.parametrize("drafter", NAMES)
 def test_every_drafter_leaves_the_text_as_it_is(drafter, text):
     for prompt in PROMPTS:
         for params in DRAWS:

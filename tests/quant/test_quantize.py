@@ -1,17 +1,18 @@
 """Quantized bundles are measured before they are let out, and leave nothing behind otherwise."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
-from tiny import edit_manifest, tiny_bundle
+from tiny import tiny_bundle
 
 from forerun.errors import BundleError, ExportMismatch, OptionError, UnsupportedError
 from forerun.quant import quantize as module
-from forerun.quant.evaluate import evaluate
-from forerun.quant.quantize import FORMATS, quantize
+from forerun.quant.gate import Limits, QualityMismatch
+from forerun.quant.quantize import FORMATS, Wish, quantize
+from forerun.runtime.layouts import LAYOUTS, choose_layout, layouts_of
 from forerun.runtime.manifest import load_manifest
+from forerun.runtime.open import open_runner
 from forerun.runtime.runner import Runner
 
 
@@ -38,10 +39,13 @@ def test_quantize(weights, bundle, tmp_path):
 
 
 def test_calibration_lowers_the_divergence(bundle, tmp_path, monkeypatch):
-    calibrated = quantize(bundle, tmp_path / "gptq").checks[-1].value
-    plain = dataclasses.replace(module.FORMATS["int4"], calibrated=False)
-    monkeypatch.setitem(module.FORMATS, "int4", plain)
-    assert calibrated < 0.9 * quantize(bundle, tmp_path / "plain").checks[-1].value
+    calibrated = quantize(bundle, tmp_path / "gptq", weights="int4-gptq").checks[-1].value
+    plain = dataclasses.replace(
+        module.PLAIN_FORMATS["int4-gptq"], method="least4-64", table="least4-64"
+    )
+    monkeypatch.setitem(module.PLAIN_FORMATS, "int4-gptq", plain)
+    least = quantize(bundle, tmp_path / "plain", weights="int4-gptq").checks[-1].value
+    assert calibrated < 0.9 * least
 
 
 def test_int8_is_close_and_int4_is_not_as_close(bundle, tmp_path):
@@ -62,10 +66,51 @@ def test_rows_hardly_depend_on_each_other(weights, bundle, tmp_path):
 
 
 def test_gate_refuses(bundle, tmp_path, monkeypatch):
-    strict = module.WeightFormat(4, 32, "", (), False, kl_bound=1e-9, bytes_per_weight=1.0)
+    strict = dataclasses.replace(module.FORMATS["int4"], kl_bound=1e-9)
     monkeypatch.setitem(module.FORMATS, "int4", strict)
     with pytest.raises(ExportMismatch, match="KL"):
         quantize(bundle, tmp_path / "q")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(9.0, top1=1.0), Limits(9.0, perplexity_ratio=1e-3), Limits(1e-9)]
+)
+def test_limits_that_were_given_count(limits, bundle, tmp_path):
+    with pytest.raises(QualityMismatch) as caught:
+        quantize(bundle, tmp_path / "q", weights=Wish("int8", limits=limits))
+    assert any(row[-1] == "NOT KEPT" for row in caught.value.rows)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int8", "int4"])
+def test_the_default_cache_is_what_was_wished(kv, bundle, tmp_path):
+    manifest = quantize(bundle, tmp_path / "q", weights=Wish("fp32", kv))
+    assert layouts_of(manifest)[0] == kv and set(layouts_of(manifest)) == set(LAYOUTS)
+    assert manifest.quantization.method == "none"
+    for name in LAYOUTS:
+        runner = open_runner(choose_layout(manifest, name), tmp_path / "q", threads=1)
+        assert np.isfinite(runner.step([1, 2, 3])).all()
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"weights": "int8", "budget": 10**6}, "has none"),
+        ({"weights": "fp32"}, "nothing would change"),
+        ({"kv": "gear-kivi"}, "chosen when a bundle is loaded"),
+        ({"kv": "int3"}, "fp32, fp16, int8, int4"),
+    ],
+)
+def test_wishes_that_make_no_sense(fields, words):
+    with pytest.raises(OptionError, match=words):
+        Wish(**fields)
+
+
+def test_a_budget_that_is_too_small_says_what_works(bundle, tmp_path):
+    with pytest.raises(OptionError, match="the smallest that works is"):
+        quantize(bundle, tmp_path / "q", weights=Wish("int4", budget=1000))
     assert not list(tmp_path.iterdir())
 
 
@@ -76,7 +121,7 @@ def test_twice_is_refused(bundle, tmp_path):
 
 
 def test_unknown_format(bundle, tmp_path):
-    with pytest.raises(OptionError, match="int4, int4-exact, int8"):
+    with pytest.raises(OptionError, match="int4, int4-fast, int4-exact, int8, int8-rows"):
         quantize(bundle, tmp_path / "q", weights="int3")
 
 
@@ -88,28 +133,3 @@ def test_damaged_input(tmp_path):
     with pytest.raises(BundleError, match="SHA-256"):
         quantize(folder, tmp_path / "q")
     assert not (tmp_path / "q").exists()
-
-
-def test_evaluate(bundle, tmp_path):
-    quantize(bundle, tmp_path / "q", weights="int8")
-    report = evaluate(tmp_path / "q", bundle, context=64, max_tokens=256)
-    assert json.loads(json.dumps(report)) == report
-    assert report["tokens"] == 256
-    assert 0 <= report["kl_mean"] < 0.1 and report["top1_agreement"] > 0.8
-    itself = evaluate(bundle, bundle, context=64, max_tokens=256)
-    assert itself["kl_mean"] == pytest.approx(0, abs=1e-6) and itself["top1_agreement"] == 1
-    assert itself["perplexity"] == pytest.approx(report["perplexity_against"])
-    assert evaluate(bundle, context=64, max_tokens=128)["kl_mean"] is None
-
-
-@pytest.mark.parametrize(("context", "tokens"), [(8, 100), (1000, 4000), (64, 10)])
-def test_evaluate_ranges(bundle, context, tokens):
-    with pytest.raises(OptionError):
-        evaluate(bundle, context=context, max_tokens=tokens)
-
-
-def test_evaluate_needs_the_same_tokenizer(bundle, tmp_path):
-    _, other = tiny_bundle("llama", tmp_path)
-    edit_manifest(other, lambda m: m["tokenizer"].update(sha256="0" * 64))
-    with pytest.raises(OptionError, match="tokenizers"):
-        evaluate(other, bundle)

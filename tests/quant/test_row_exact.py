@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tiny import tiny_bundle
 
 from forerun.export.writer import GraphWriter
-from forerun.quant.kv8 import in_eight_bits
 from forerun.quant.quantize import quantize
 from forerun.quant.rows8 import dequantize_columns, quantize_columns, write_product
 from forerun.runtime.manifest import load_manifest
@@ -50,7 +49,6 @@ def test_the_manifest_promises_it_and_stores_an_8_bit_cache(bundles):
     assert exact.kv.dtype == "int8"
     assert exact.kv.nbytes * 4 == plain.kv.nbytes
     assert exact.lowerings["cpu-tree"].inputs["past_key.0"].dtype == "int8"
-    assert in_eight_bits(plain).kv == exact.kv
 
 
 def test_trees_run_on_the_8_bit_cache(runner):

@@ -101,7 +101,7 @@ class Clock:
         self.arena.rewind = lambda length: setattr(self.arena, "length", length)
         model = SimpleNamespace(vocab=100)
         self.manifest = SimpleNamespace(
-            name="m", model=model, files={"model.onnx": FileEntry(1, "a")}
+            name="m", lowerings={}, model=model, files={"model.onnx": FileEntry(1, "a")}
         )
         monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
 

@@ -1,0 +1,120 @@
+"""What is judged, and the one place where it is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forerun.runtime.layouts import choose_layout
+from forerun.runtime.manifest import load_manifest
+from forerun.runtime.open import open_runner
+from forerun.runtime.skipping import NO_SKIPPING, parse_skipping
+from forerun.runtime.window import open_window
+
+if TYPE_CHECKING:
+    from forerun.runtime.manifest import Manifest
+
+_PLAIN = "none"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One row of a comparison: a bundle, and how it is run.
+
+    Attributes:
+        bundle: folder.
+        kv: name of a KV layout of the bundle; None takes its default.
+        ffn_skip: which feed-forward blocks decoding leaves out, as `parse_skipping` reads it;
+            None runs all of them.
+        window: rows of a cache of sinks and newest tokens (StreamingLLM); None keeps all.
+        threads: of the sessions; None takes one per core, up to eight.
+    """
+
+    bundle: Path
+    kv: str | None = None
+    ffn_skip: str | None = None
+    window: int | None = None
+    threads: int | None = None
+
+    @property
+    def rows_per_step(self) -> int | None:
+        """1 if only steps of a single row show what this costs, None if any step does."""
+        return 1 if self.ffn_skip else None
+
+
+def view(judged: Judged, manifest: Manifest | None = None) -> Manifest:
+    """Return the manifest with the chosen KV layout as its default.
+
+    Args:
+        judged: what to open.
+        manifest: of the bundle, where it is not written yet; None reads it.
+
+    Raises:
+        BundleError: the folder is not a bundle.
+        OptionError: the bundle has no such layout.
+    """
+    return choose_layout(manifest or load_manifest(judged.bundle), judged.kv)
+
+
+def check_judged(judged: Judged) -> Manifest:
+    """Refuse what could not be opened, before anything else is; returns `view`.
+
+    Raises:
+        BundleError: the folder is not a bundle, or its graphs have no such window.
+        OptionError: it has no such layout or window, or cannot skip that share.
+    """
+    manifest = view(judged)
+    if judged.ffn_skip:
+        parse_skipping(judged.ffn_skip, manifest)
+    if judged.window is not None:
+        open_window(manifest, judged.window)
+    return manifest
+
+
+def open_judged(judged: Judged, manifest: Manifest | None = None) -> Any:
+    """Open what is judged on the CPU; returns a runner, which the caller closes.
+
+    Args:
+        judged: what to open.
+        manifest: of the bundle, where it is not written yet; None reads it.
+
+    Raises:
+        BundleError: the bundle cannot be loaded.
+        OptionError: it has no such layout or window, or cannot skip that share.
+    """
+    manifest = view(judged, manifest)
+    arena = None
+    if judged.window is not None:
+        arena = open_window(manifest, judged.window)
+        manifest = replace(manifest, kv=replace(manifest.kv, capacity=judged.window))
+    return open_runner(
+        manifest,
+        judged.bundle,
+        threads=judged.threads,
+        arena=arena,
+        skipping=judged.ffn_skip or NO_SKIPPING,
+    )
+
+
+def label(judged: Judged, manifest: Manifest) -> str:
+    """Short name of a row, e.g. ``int4, KV int8, skip 0.1``."""
+    method = manifest.quantization.method
+    parts = ["fp32" if method == _PLAIN else method]
+    if judged.kv:
+        parts.append(f"KV {judged.kv}")
+    if judged.window:
+        parts.append(f"window {judged.window}")
+    if judged.ffn_skip:
+        parts.append(f"skip {judged.ffn_skip}")
+    return ", ".join(parts)
+
+
+def weight_bytes(manifest: Manifest) -> int:
+    """Bytes of the weights and of the graph that runs on the CPU."""
+    graph = manifest.lowerings["cpu"].graph if "cpu" in manifest.lowerings else None
+    return sum(
+        entry.bytes
+        for name, entry in manifest.files.items()
+        if name.endswith(".bin") or name == graph
+    )

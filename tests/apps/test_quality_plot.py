@@ -1,0 +1,165 @@
+"""Pictures of quality: what is drawn, what is refused, and labels that cover nothing."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forerun.apps.bench import quality_plot
+from forerun.apps.bench.plot_labels import choose_place
+from forerun.apps.bench.quality_plot import check_plot, read_saved, to_points, write_quality_plot
+from forerun.errors import OptionError
+
+FRAME = (0.0, 0.0, 1000.0, 800.0)
+
+
+def row(label, kl, **more):
+    about = {"model": "m", "label": label, "kl_mean": kl, "weight_bytes": 90e6}
+    speed = {"median": 90.0, "min": 80.0, "max": 95.0}
+    return {**about, "kv_bytes_per_token": 46080, "decode_tok_s": speed, **more}
+
+
+ROWS = [
+    row("fp32", 0.0, weight_bytes=540e6),
+    row("int8", 0.002, decode_tok_s={"median": 60.0}),
+    row("int4", 0.31),
+    row("int4, KV int8", 0.311, kv="int8", kv_bytes_per_token=11520),
+    row("int4, window 512", 0.9, window=512),
+    row("int4, skip 0.1", 0.34, ffn_skip="0.1"),
+    row("int4, skip 0.3", 0.61, ffn_skip="0.3"),
+]
+PEER = {"runtime": "llama.cpp", "weights": "Q4_0", "bytes": 92e6, "kl_mean": 0.42, "model": "m"}
+PEER["kv_bytes_per_token"] = 23040
+
+
+def test_points_count_weights_and_the_cache():
+    points = {point.label: point for point in to_points([*ROWS, PEER])}
+    assert points["int4"].megabytes == pytest.approx(90 + 4096 * 46080 / 1e6)
+    assert points["KV int8"].megabytes == pytest.approx(90 + 4096 * 11520 / 1e6)
+    assert points["window 512"].megabytes == pytest.approx(90 + 512 * 46080 / 1e6)
+    families = {label: point.family for label, point in points.items()}
+    assert families == {
+        "fp32": "weights",
+        "int8": "weights",
+        "int4": "weights",
+        "KV int8": "kv",
+        "window 512": "kv",
+        "skip 0.1": "skip",
+        "skip 0.3": "skip",
+        "llama.cpp Q4_0": "peer",
+    }
+    assert points["llama.cpp Q4_0"].is_other_text and points["llama.cpp Q4_0"].tok_s is None
+
+
+def test_labels_keep_the_weights_where_they_differ():
+    labels = [p.label for p in to_points([row("int4, KV int8", 1, kv="int8"),
+                                          row("int8, KV int8", 1, kv="int8")])]  # fmt: skip
+    assert labels == ["int4, KV int8", "int8, KV int8"]
+
+
+def test_our_own_rows_of_bench_quality_are_left_out():
+    ours = {**PEER, "runtime": "forerun"}
+    assert [p.label for p in to_points([ours, PEER])] == ["llama.cpp Q4_0"]
+    with pytest.raises(OptionError, match="nothing to draw"):
+        to_points([ours])
+
+
+def test_what_was_not_measured_is_refused():
+    with pytest.raises(OptionError, match=r"int4 cannot be drawn.*--against"):
+        to_points([row("int4", None)])
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"rows": []}', '{"rows": [1]}', '{"a": 1}'])
+def test_files_that_hold_no_figures(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(OptionError, match=r"x\.json"):
+        read_saved(path)
+
+
+def test_saved_rows_of_both_commands(tmp_path):
+    one, many, bench = (tmp_path / f"{i}.json" for i in range(3))
+    one.write_text(json.dumps(ROWS[1]))
+    many.write_text(json.dumps({"rows": ROWS}))
+    peer = {key: value for key, value in PEER.items() if key != "model"}
+    bench.write_text(json.dumps({"model": "m", "rows": [peer]}))
+    rows = [row for path in (one, many, bench) for row in read_saved(path)]
+    assert rows == [ROWS[1], *ROWS, PEER]
+    with pytest.raises(OptionError, match="cannot be read"):
+        read_saved(tmp_path / "absent.json")
+
+
+def test_the_picture_has_two_panels_a_model_and_is_the_same_every_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = []
+    for name, rows in (("a", ROWS), ("b", ROWS), ("c", [*ROWS, row("x", 0.1, model="n"), PEER])):
+        path = tmp_path / f"{name}.png"
+        write_quality_plot(rows, path)
+        data = path.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        sizes.append(tuple(int.from_bytes(data[i : i + 4], "big") for i in (16, 20)))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sizes[0] == (1950, 990) and sizes[2] == (1950, 1980)
+
+
+def test_no_label_covers_another_or_a_point(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    seen = []
+    save = Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        renderer = self.canvas.get_renderer()
+        for axes in self.axes:
+            texts = [text.get_window_extent(renderer) for text in axes.texts]
+            marks = [line.get_transform().transform(line.get_xydata()) for line in axes.lines
+                     if line.get_marker() not in ("None", None, "")]  # fmt: skip
+            seen.append((texts, [mark for group in marks for mark in group]))
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    crowd = [row(f"int4, KV number {i}", 0.3 + i / 1000, kv="x") for i in range(9)]
+    write_quality_plot([*ROWS, *crowd], tmp_path / "a.png")
+    assert len(seen) == 2
+    for texts, marks in seen:
+        assert len(texts) == len(ROWS) + len(crowd)
+        for index, text in enumerate(texts):
+            assert not any(text.overlaps(other) for other in texts[index + 1 :])
+            assert not any(text.contains(*mark) for mark in marks)
+
+
+def test_matplotlib_is_asked_for_by_name(tmp_path, monkeypatch):
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(quality_plot.importlib, "import_module", absent)
+    with pytest.raises(OptionError, match=r'pip install "forerun\[plot\]"'):
+        check_plot(tmp_path / "a.png")
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    with pytest.raises(OptionError, match=r"must end in \.png"):
+        check_plot(tmp_path / "a.svg")
+    with pytest.raises(OptionError, match="not a folder"):
+        check_plot(tmp_path / "none" / "a.png")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(150, 850), st.floats(150, 650)), min_size=1, max_size=12))
+def test_a_free_place_is_found_near_a_point(spots):
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    left, bottom, _ = choose_place(spots[0], (70, 12), taken, FRAME, 12)
+    box = (left, bottom, left + 70, bottom + 12)
+    for other in taken:
+        assert not (box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and
+                    other[1] < box[3])  # fmt: skip
+    assert abs(left - spots[0][0]) < 250 and abs(bottom - spots[0][1]) < 250
+
+
+def test_the_first_place_is_to_the_right():
+    left, bottom, ring = choose_place((500, 400), (60, 10), [], FRAME, 8)
+    assert (left, bottom, ring) == (508, 395, 0)
+    left, *_ = choose_place((990, 400), (60, 10), [], FRAME, 8)
+    assert left + 60 < 990, "at the right edge it goes to the left"

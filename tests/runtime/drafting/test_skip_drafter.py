@@ -1,0 +1,144 @@
+"""A model that drafts for itself with blocks skipped: the same text, and the same cache."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_bundle
+
+from forerun.errors import UnsupportedError
+from forerun.quant.skip_graph import skipping_lowering, with_skipping
+from forerun.runtime.drafting.accept import MatchWalk
+from forerun.runtime.drafting.fixed import FixedPolicy
+from forerun.runtime.drafting.rounds import DraftRounds
+from forerun.runtime.drafting.skip import SkipDrafter, draft_rule, open_skip
+from forerun.runtime.manifest import SkipLevel, Skipping
+from forerun.runtime.prefix import PrefixCache
+from forerun.runtime.runner import Runner
+from forerun.runtime.session import Session
+from forerun.runtime.skipping import Fixed, Skip
+from forerun.runtime.tokenizer import Tokenizer
+from forerun.runtime.types import SamplingParams
+
+LAYERS = 6
+FOUND = Skipping(
+    1, 5, (0.9,) * LAYERS, (3, 2, 4, 1), (SkipLevel(0.1, 0.9, 1), SkipLevel(0.3, 0.5, 2))
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    changes = {"layers": LAYERS, "layer_window": (False,) * LAYERS}
+    made, folder = tiny_bundle("llama", tmp_path_factory.mktemp("self"), capacity=96, **changes)
+    form = skipping_lowering(made.lowerings["cpu"], with_skipping(folder, "model.onnx"))
+    forms = made.lowerings | {"cpu": form}
+    return dataclasses.replace(made, lowerings=forms, skipping=FOUND), folder
+
+
+@pytest.fixture(scope="module")
+def runner(bundle):
+    return Runner(*bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle):
+    return Tokenizer(*bundle)
+
+
+def rule_of(layers):
+    flags = np.ones(LAYERS, bool)
+    flags[list(layers)] = False
+    return Fixed("test", Skip(flags), 0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 255), min_size=1, max_size=8),
+    st.sets(st.integers(1, LAYERS - 2)),
+    st.sampled_from([0.0, 0.9]),
+)
+def test_the_text_is_that_of_plain_decoding(runner, tokenizer, prompt, layers, temperature):
+    options = {
+        "max_tokens": 24,
+        "sampling": SamplingParams(temperature=temperature, seed=3),
+        "stop_ids": (),
+    }
+    runner.skipping = None
+    plain = [t for t, _ in Session(runner, tokenizer).generate_ids(prompt, **options)]
+    drafter = SkipDrafter(runner, rule_of(layers))
+    session = Session(runner, tokenizer)
+    assert [t for t, _ in session.generate_ids(prompt, drafter=drafter, **options)] == plain
+    more = [*session.tokens, 7]
+    again = [t for t, _ in session.generate_ids(more, drafter=drafter, **options)]
+    assert again == [t for t, _ in Session(runner, tokenizer).generate_ids(more, **options)]
+    assert runner.skipping is None
+
+
+def test_a_draft_leaves_cache_and_rule_as_they_were(runner):
+    runner.arena.rewind(0)
+    text = [1, 2, 3, 4, 5]
+    runner.step(text[:-1])
+    before = {role: a[:, :, :4].copy() for role, a in runner.arena.arrays.items()}
+    kept = rule_of([2])
+    runner.skipping = kept
+    drafter = SkipDrafter(runner, rule_of([1, 2, 3]))
+    drafter.begin(text)
+    ran = runner.ffn_counts[0]
+    assert len(drafter.propose(5)) == 5
+    assert runner.ffn_counts[0] - ran == 5 * (LAYERS - 3)
+    assert runner.skipping is kept and runner.arena.length == 4
+    for role, array in before.items():
+        np.testing.assert_array_equal(runner.arena.arrays[role][:, :, :4], array)
+    asked = []
+    assert len(drafter.propose(5, lambda value: bool(asked.append(value)))) == 1
+    assert len(asked) == 1 and 0 < asked[0] <= 1
+    runner.skipping = None
+
+
+def test_without_skipping_every_draft_is_accepted(runner):
+    cache, rounds = PrefixCache(runner), []
+    cache.feed([9, 8], "none")
+    drafter = SkipDrafter(runner, rule_of([]))
+    turns = DraftRounds(cache, drafter, FixedPolicy(4), MatchWalk())
+    text = [9, 8, 7]
+    for _ in range(5):
+        rounds.append([token for token, _ in turns.round(text, greedy, 20)])
+        text += rounds[-1]
+    assert [len(said) for said in rounds] == [5] * 5
+    assert runner.arena.length == len(text) - 1
+    assert turns.tally.accepted == turns.tally.proposed == 20
+
+
+def greedy(logits, tokens):
+    return int(logits.argmax())
+
+
+def test_a_cache_that_is_not_in_line_gets_no_draft(runner):
+    runner.arena.rewind(0)
+    runner.step([1, 2])
+    drafter = SkipDrafter(runner, rule_of([2]))
+    drafter.begin([1, 2, 3, 4, 5])
+    assert len(drafter.propose(4)) == 0
+    drafter.rewind(3)
+    assert len(drafter.propose(4)) == 4
+    assert len(drafter.propose(0)) == 0
+
+
+def test_it_opens_only_where_it_can_work(runner):
+    assert open_skip(runner).name == "skip"
+    assert draft_rule(runner.manifest, 0.3).choose(0).tau == 0.5
+    fixed = draft_rule(runner.manifest, 0.5).choose(0)
+    assert np.flatnonzero(~fixed.flags).tolist() == [2, 3, 4]
+
+    class Other:
+        skipping = None
+        manifest = dataclasses.replace(runner.manifest, skipping=None)
+
+    with pytest.raises(UnsupportedError, match="--skipping"):
+        open_skip(Other())
+    kv = dataclasses.replace(runner.manifest.kv, kind="gear-kcvt")
+    Other.manifest = dataclasses.replace(runner.manifest, kv=kv)
+    with pytest.raises(UnsupportedError, match="gear-kcvt"):
+        open_skip(Other())
