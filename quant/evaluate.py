@@ -34,6 +34,7 @@ from forerun.quant.measure_open import (
     view,
     weight_bytes,
 )
+from forerun.quant.measure_speed import DEPTHS as SPEED_DEPTHS
 from forerun.quant.measure_speed import measure_speed
 from forerun.quant.recall import DEPTHS, PAIRS, depths_within, recall, recall_text
 
@@ -75,6 +76,7 @@ class Plan:
         depths: of the recall test, in tokens; those that a model's cache cannot hold are left out.
         pairs: at every depth; 0 leaves the test out.
         rounds: of the measurement of speed and memory; 0 leaves it out.
+        speed_depths: cached tokens at which decoding is timed.
     """
 
     contexts: tuple[int, ...] = (512, 2048)
@@ -84,6 +86,7 @@ class Plan:
     depths: tuple[int, ...] = DEPTHS
     pairs: int = PAIRS
     rounds: int = 2
+    speed_depths: tuple[int, ...] = SPEED_DEPTHS
 
 
 QUICK = Plan(contexts=(512,), tokens=1536, prompts=3, depths=(256, 1024), pairs=8, rounds=1)
@@ -141,7 +144,7 @@ def evaluate_all(
         rows += found
     _add_sizes(rows, judged, manifests, against, plan)
     if plan.rounds:
-        speeds = measure_speed(list(judged), plan.rounds, progress)
+        speeds = measure_speed(list(judged), plan.rounds, progress, plan.speed_depths)
         rows = [{**row, **speed} for row, speed in zip(rows, speeds, strict=True)]
     return rows
 

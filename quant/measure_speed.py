@@ -30,13 +30,19 @@ class MeasureError(ForerunError):
     """The process that measures speed and memory failed."""
 
 
-def measure_speed(judged: list[Judged], rounds: int, progress: Any = None) -> list[dict[str, Any]]:
+def measure_speed(
+    judged: list[Judged],
+    rounds: int,
+    progress: Any = None,
+    depths: tuple[int, ...] = DEPTHS,
+) -> list[dict[str, Any]]:
     """Measure speed and memory of each, in turns, so that a slow drift of the machine hits all.
 
     Args:
         judged: what to run.
         rounds: processes for each.
         progress: called with (stage, done, total).
+        depths: cached tokens at which decoding is timed; those that do not fit are left out.
 
     Returns:
         For each: decode_tok_s (median, min, max at the largest depth), decode_by_depth, and
@@ -48,14 +54,15 @@ def measure_speed(judged: list[Judged], rounds: int, progress: Any = None) -> li
     found: list[list[dict[str, Any]]] = [[] for _ in judged]
     for turn in range(rounds):
         for number, one in enumerate(judged):
-            found[number].append(_in_a_process(one))
+            found[number].append(_in_a_process(one, depths))
             if progress:
                 progress("speed", turn * len(judged) + number + 1, rounds * len(judged))
     return [_summary(runs) for runs in found]
 
 
-def _in_a_process(judged: Judged) -> dict[str, Any]:
+def _in_a_process(judged: Judged, depths: tuple[int, ...]) -> dict[str, Any]:
     request = {**dataclasses.asdict(judged), "bundle": str(Path(judged.bundle).absolute())}
+    request["depths"] = depths
     command = [sys.executable, "-m", "forerun.quant.measure_speed", json.dumps(request)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
@@ -87,12 +94,12 @@ def _spread(rates: list[float]) -> dict[str, float]:
     }
 
 
-def _rates(runner: Any) -> dict[str, list[float]]:
+def _rates(runner: Any, wanted: list[int]) -> dict[str, list[float]]:
     """Tokens a second of greedy decoding, by depth that the caches can hold."""
     limit = min(runner.arena.capacity, runner.manifest.model.context)
     width = min(_ROWS, runner.arena.most_rows)
     span = _WARM + _WINDOWS * _WINDOW
-    depths = [depth for depth in DEPTHS if depth + span <= limit] or [max(1, limit - span)]
+    depths = [depth for depth in sorted(wanted) if depth + span <= limit] or [max(1, limit - span)]
     ids = list(range(min(runner.manifest.model.vocab, 256)))
     rates = {}
     for depth in depths:
@@ -118,10 +125,11 @@ def _decode(runner: Any, token: int, count: int) -> int:
 def main() -> None:
     """Measure what the argument describes and print one line of JSON."""
     request = json.loads(sys.argv[1])
+    depths = request.pop("depths")
     judged = Judged(**{**request, "bundle": Path(request["bundle"])})
     runner = open_judged(judged)
     try:
-        rates = _rates(runner)
+        rates = _rates(runner, depths)
     finally:
         runner.close()
     print(json.dumps({"rates": rates, "peak_rss_mb": round(peak_rss_mb(), 1)}))

@@ -16,7 +16,7 @@ from forerun.errors import OptionError
 if TYPE_CHECKING:
     from forerun.quant.evaluate import Judged, Plan
 
-HELP = """Measure what bundles are worth, and what made them small has cost.
+HELP = """Measure what bundles are worth: quality, size, speed and memory.
 
 Perplexity, recall from afar, size, speed and memory; with --against also the distance from that
 bundle: KL divergence, the same best token, and how long greedy answers stay the same. The text is
@@ -85,6 +85,15 @@ Tokens = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--tokens", min=16, show_default="9216", help="Tokens of text to measure on."),
 ]
+SpeedDepths = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--speed-depths",
+        metavar="N,N,...",
+        show_default="64,1024",
+        help="Cached tokens at which decoding is timed.",
+    ),
+]
 TextFile = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--text", metavar="FILE", help="Your own UTF-8 text, not the built-in ones."),
@@ -121,6 +130,7 @@ def evaluate(
     context: Windows = None,
     tokens: Tokens = None,
     text: TextFile = None,
+    speed_depths: SpeedDepths = None,
     quick: Quick = False,
     threads: options.Threads = None,
     as_json: options.Json = False,
@@ -139,6 +149,7 @@ def evaluate(
         judged = _rows(bundles, kv, ffn_skip, window, threads)
         reference = find_bundle(against) if against else None
         plan = _plan(context, tokens, text, quick, judged, reference)
+        plan = _timed(plan, speed_depths)
         with reporter() as show:
             rows += evaluate_all(judged, reference, plan=plan, progress=show)
     if plot:
@@ -222,6 +233,15 @@ def _plan(
         # Who asks for a long context wants at least one of it.
         given = max(given, *contexts)
     return dataclasses.replace(plan, contexts=contexts, tokens=given, text=text)
+
+
+def _timed(plan: Plan, depths: str | None) -> Plan:
+    if depths is None:
+        return plan
+    numbers = tuple(_number("--speed-depths", word) for word in _list("--speed-depths", depths))
+    if min(numbers) < 1:
+        raise OptionError(f"--speed-depths must be from 1 on, got {min(numbers)}")
+    return dataclasses.replace(plan, speed_depths=numbers)
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

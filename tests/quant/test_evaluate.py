@@ -216,3 +216,8 @@ def test_speed_and_memory_are_measured_in_a_process_of_its_own(bundle):
 def test_a_process_that_fails_is_told(bundle, tmp_path):
     with pytest.raises(MeasureError, match=r"failed: .*manifest"):
         measure_speed([Judged(tmp_path)], 1)
+
+
+def test_speed_is_measured_at_the_depths_that_were_asked_for(bundle):
+    (found,) = measure_speed([Judged(bundle, threads=1)], 1, depths=(8, 40))
+    assert set(found["decode_by_depth"]) == {"8", "40"}
