@@ -16,7 +16,7 @@ from forerun.errors import OptionError
 if TYPE_CHECKING:
     from forerun.quant.evaluate import Judged, Plan
 
-HELP = """Measure what bundles are worth: quality, size, speed and memory.
+HELP = """Measure what bundles are worth and what they cost.
 
 Perplexity, recall from afar, size, speed and memory; with --against also the distance from that
 bundle: KL divergence, the same best token, and how long greedy answers stay the same. The text is

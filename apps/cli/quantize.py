@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from forerun.quant.quantize import Wish
     from forerun.runtime.manifest import Manifest
 
-HELP = """Write a smaller copy of a bundle, and measure what that costs before it is let out.
+HELP = """Write a smaller copy of a bundle at a measured cost.
 
 Every copy can run its KV cache in float, 16, 8 and 4 bits and in GEAR's form (--kv of generate and
 chat); --kv here says which one it takes by itself. forerun evaluate tells more of the cost.
@@ -75,7 +75,7 @@ MaxKL = Annotated[
 ]
 MinTop1 = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option("--min-top1", metavar="SHARE", help="Least share of equal best tokens."),
+    typer.Option("--min-agreement", metavar="SHARE", help="Least share of equal best tokens."),
 ]
 MaxPerplexity = Annotated[
     Optional[float],  # noqa: UP045

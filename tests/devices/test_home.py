@@ -61,7 +61,7 @@ def test_names_cannot_be_paths(place, name):
 
 
 def test_model_folder_checks_its_arguments(place):
-    with pytest.raises(OptionError, match="int4, int4-exact, int8, fp32"):
+    with pytest.raises(OptionError, match="int4, int4-fast, int4-exact, int8, int8-rows, fp32"):
         model_folder("tiny", "int3")
     for name in ("..", "a/b", "", ".partial"):
         with pytest.raises(UnknownModelError):
