@@ -18,7 +18,7 @@ from forerun.runtime.tokenizer import Tokenizer
 from forerun.runtime.types import Event, FinishReason, SamplingParams
 
 ContextPolicy = Literal["error", "slide"]
-PREFILL_CHUNK = 512
+PREFILL_CHUNK, SMALL_CHUNK = 512, 128
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_KEEP = 4
 
@@ -31,7 +31,9 @@ class Session:
         tokenizer: of the same bundle.
         cache: shared by all sessions on the same runner; None if this is the only one.
         drafters: what `generate` can draft with; None knows no names, only `Drafter` objects.
-        prefill_chunk: prompt tokens per step; a cancel takes effect between two steps.
+        prefill_chunk: prompt tokens per step; a cancel takes effect between two steps. None takes
+            fewer where the KV cache is not float32: its rows are read one by one, so wide steps
+            would only take memory.
 
     Raises:
         OptionError: the chunk is not positive.
@@ -47,8 +49,11 @@ class Session:
         *,
         cache: PrefixCache | None = None,
         drafters: Drafters | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ) -> None:
+        if prefill_chunk is None:
+            is_float = runner.manifest.kv.dtype == "float32"
+            prefill_chunk = PREFILL_CHUNK if is_float else SMALL_CHUNK
         check_count("prefill_chunk", prefill_chunk, 1)
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
