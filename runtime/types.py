@@ -66,7 +66,8 @@ class Stats:
         schedule: ``plain`` (no drafter), ``serial`` or another name of `schedules.SCHEDULES`.
         accept: name of the accept rule; all but ``match`` are lossy.
         devices: which device ran the target and the drafter.
-        ffn_share: share of the feed-forward blocks that steps of one row ran; 1 without skipping.
+        ffn_share: share of the feed-forward blocks that steps of one row ran, those that
+            only drafted included; 1 without skipping.
     """
 
     prompt_tokens: int = 0

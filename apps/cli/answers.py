@@ -29,6 +29,9 @@ class Answer:
     stats: Stats
 
 
+_SELF = "skip"
+
+
 def collect(events: Iterable[Event], on_text: Callable[[str], object] = str) -> Answer:
     """Read a stream of events to its end.
 
@@ -92,7 +95,8 @@ def _places(stats: Stats) -> str:
 
 def _skipped(stats: Stats) -> str:
     """How many feed-forward blocks were left out; nothing if none."""
-    if stats.ffn_share >= 1:
+    if stats.ffn_share >= 1 or stats.drafter == _SELF:
+        # What drafts leave out does not change the text.
         return ""
     return f"lossy: {100 * (1 - stats.ffn_share):.0f} % of the feed-forward blocks skipped, "
 
