@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -40,7 +40,7 @@ forerun bench profile --depths 16,4096 --threads 1 --json profile.json
 
 Peers = Annotated[bool, typer.Option("--peers", help="Every installed peer too (extra: peers).")]
 JsonFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--json", metavar="FILE", help="Write all figures to this file."),
 ]
 Runs = Annotated[int, typer.Option("--runs", min=1, help="Repetitions of every measurement.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -29,15 +29,15 @@ accelerator that only waits; those figures are a simulation. Ctrl-C ends it and 
 """
 
 Names = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10
+    str | None,
     typer.Option("--drafters", metavar="NAME,NAME,...", help="Which; all that are here if absent."),
 ]
 Categories = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--categories", metavar="NAME,NAME,...", help="Kinds of prompts; all if absent."),
 ]
 Limit = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--limit", min=1, metavar="N", help="Only the first N prompts of each kind."),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=2, help="Most tokens of an answer.")]
@@ -47,7 +47,7 @@ Temperatures = Annotated[
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Seeds at each temperature above 0.")]
 Repeat = Annotated[int, typer.Option("--repeat", min=1, help="Repetitions of everything.")]
 Plot = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--plot", metavar="FILE.svg", help="Draw the speed-ups as bars."),
 ]
 Simulate = Annotated[

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 KV = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10
+    str | None,
     typer.Option(
         "--kv",
         metavar="LAYOUT",
@@ -17,13 +17,13 @@ KV = Annotated[
     ),
 ]
 KVBudget = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         "--kv-budget", metavar="SIZE", help="Memory the KV cache may take, e.g. 64MB; sets context."
     ),
 ]
 Window = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(
         "--window",
         min=1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,11 +31,11 @@ forerun devices --model smollm2-135m --device webgpu --json
 _COLUMNS = ("name", "provider", "available", "detail", "holds", "tested")
 
 Model = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10
+    str | None,
     typer.Option("--model", metavar="NAME|PATH", help="Measure this model."),
 ]
 Device = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--device", metavar="NAME", help="Where to measure it; the cpu if absent."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what is known already.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,19 +33,19 @@ process of its own for each row, by turns.
 """
 
 Bundles = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10
+    list[str] | None,
     typer.Argument(metavar="BUNDLE...", help="Bundles, or the NAMES of pulled models."),
 ]
 Against = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--against", metavar="BUNDLE", help="The reference for KL and agreement."),
 ]
 Layouts = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--kv", metavar="NAME,NAME,...", help="KV layouts; a bundle's default if absent."),
 ]
 Skips = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         "--skipping",
         metavar="SHARE,SHARE,...",
@@ -53,7 +53,7 @@ Skips = Annotated[
     ),
 ]
 KvWindows = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         "--window",
         metavar="N,N,...",
@@ -61,11 +61,11 @@ KvWindows = Annotated[
     ),
 ]
 Plot = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--plot", metavar="FILE.png", help="Draw quality against bytes and speed."),
 ]
 Saved = Annotated[
-    Optional[list[Path]],  # noqa: UP045
+    list[Path] | None,
     typer.Option(
         "--from",
         metavar="FILE.json",
@@ -73,7 +73,7 @@ Saved = Annotated[
     ),
 ]
 Windows = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         "--context",
         metavar="N,N,...",
@@ -82,11 +82,11 @@ Windows = Annotated[
     ),
 ]
 Tokens = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--tokens", min=16, show_default="9216", help="Tokens of text to measure on."),
 ]
 SpeedDepths = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         "--speed-depths",
         metavar="N,N,...",
@@ -95,7 +95,7 @@ SpeedDepths = Annotated[
     ),
 ]
 TextFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--text", metavar="FILE", help="Your own UTF-8 text, not the built-in ones."),
 ]
 Quick = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -34,7 +34,7 @@ Out = Annotated[
     typer.Argument(metavar="OUT", help="Folder of the bundle; an old bundle there is replaced."),
 ]
 Name = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--name", help="Name of the model in the bundle; the name of OUT if absent."),
 ]
 Via = Annotated[
@@ -53,7 +53,7 @@ Static = Annotated[
     typer.Option("--static", help="Also write the form with static shapes that NPUs need."),
 ]
 Layers = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(
         "--layers", min=1, help="Keep the first N layers: quick to try a device, but not the model."
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -43,15 +43,15 @@ after an interruption: finished ids are skipped.
 _QUIET_S = 1.0
 
 Prompt = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Argument(metavar="PROMPT", help="The prompt, or - to read it from standard input."),
 ]
 PromptFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--file", metavar="JSONL", help="Answer every prompt of this file."),
 ]
 ResultFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--out", metavar="JSONL", help="Append the answers to this file."),
 ]
 Logprobs = Annotated[bool, typer.Option("--logprobs", help="Log-probability of each token.")]

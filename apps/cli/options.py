@@ -6,7 +6,7 @@ import math
 import secrets
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -28,51 +28,51 @@ MaxTokens = Annotated[
     int, typer.Option("--max-tokens", min=1, help="Stop after this many tokens of the answer.")
 ]
 Temperature = Annotated[
-    Optional[float],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10
+    float | None,
     typer.Option("--temperature", min=0.0, help="0 always takes the most probable token."),
 ]
 TopK = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--top-k", min=0, help="Keep the K most probable tokens; 0 keeps all."),
 ]
 TopP = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option("--top-p", min=0.0, max=1.0, help="Keep this probability mass; 1 keeps all."),
 ]
 MinP = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option("--min-p", min=0.0, max=1.0, help="Keep tokens at this share of the best one."),
 ]
 TypicalP = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option("--typical-p", min=0.0, max=1.0, help="Locally typical sampling; 1 is off."),
 ]
 RepetitionPenalty = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option("--repetition-penalty", min=0.0, help="Above 1 avoids seen tokens; 1 is off."),
 ]
 PresencePenalty = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option("--presence-penalty", help="Taken once from tokens the answer already has."),
 ]
 FrequencyPenalty = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option("--frequency-penalty", help="Taken per occurrence in the answer so far."),
 ]
 LogitBias = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--logit-bias", metavar="ID=VALUE", help="Add VALUE to a token; repeatable."),
 ]
 Seed = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--seed", help="Same seed, same text. Without one, sampling draws a new seed."),
 ]
 Stop = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="End the answer before this text; repeatable."),
 ]
 System = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--system", metavar="TEXT", help="Instructions that stand before the prompt."),
 ]
 Context = Annotated[
@@ -82,7 +82,7 @@ Context = Annotated[
     ),
 ]
 Threads = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--threads", min=1, help="Threads to compute with; chosen by a probe if absent."),
 ]
 DrafterName = Annotated[
@@ -121,7 +121,7 @@ AllowFallback = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 StatsLine = Annotated[bool, typer.Option("--stats", help="Print the measured figures to stderr.")]
 Capacity = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--capacity", min=1, metavar="TOKENS", help="Longest sequence of the bundle."),
 ]
 

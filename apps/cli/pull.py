@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -28,11 +28,11 @@ forerun pull --list
 """
 
 Name = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Argument(metavar="NAME", help="A model of the catalog, or NAME:VARIANT."),
 ]
 Variant = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         "--variant",
         metavar="int4|int4-exact|int8|fp32",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,7 +43,7 @@ Weights = Annotated[
     ),
 ]
 DefaultKV = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10
+    str | None,
     typer.Option(
         "--kv",
         metavar="fp32|fp16|int8|int4",
@@ -52,7 +52,7 @@ DefaultKV = Annotated[
     ),
 ]
 Budget = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         "--budget",
         metavar="SIZE",
@@ -65,7 +65,7 @@ Skipping = Annotated[
     typer.Option("--skipping", help="Calibrate skipping of feed-forward blocks (minutes)."),
 ]
 MaxKL = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option(
         "--max-kl",
         metavar="NATS",
@@ -74,11 +74,11 @@ MaxKL = Annotated[
     ),
 ]
 MinTop1 = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option("--min-agreement", metavar="SHARE", help="Least share of equal best tokens."),
 ]
 MaxPerplexity = Annotated[
-    Optional[float],  # noqa: UP045
+    float | None,
     typer.Option(
         "--max-perplexity", metavar="RATIO", help="Largest perplexity by that of the source."
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -34,11 +34,11 @@ Kind = Annotated[
     str, typer.Option("--kind", metavar="head|model", help="From hidden states, or from text.")
 ]
 Out = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--out", help="Folder of the drafter; beside the model's bundles if absent."),
 ]
 Work = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--work", help="Folder of data and checkpoints, several GB; kept afterwards."),
 ]
 Minutes = Annotated[
@@ -47,7 +47,7 @@ Minutes = Annotated[
 Tokens = Annotated[int, typer.Option("--tokens", min=1000, help="Tokens of answers to train on.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of prompts, sampling and data order.")]
 Head = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--head-of", metavar="NAME|PATH", help="A bundle whose output head is used."),
 ]
 

@@ -12,7 +12,6 @@ from forerun.errors import UnsupportedError
 from forerun.export.training import prompts
 from forerun.export.training.target import TAP_FINAL, TorchTarget
 from forerun.export.training.write import Sampling, write_data
-from forerun.quant.quantize import FORMATS
 from forerun.runtime.runner import Runner
 
 TAPS = (1, 2, TAP_FINAL)
@@ -49,19 +48,36 @@ def test_padding_and_steps_change_nothing(target):
     assert torch.allclose(torch.cat(parts, 1)[0, 5:], whole[0], atol=1e-4)
 
 
-def test_quantized_weights_are_read_as_they_are_meant(target_bundle, tmp_path):
+def read_back(target_bundle, folder, weights):
+    """(bundle in that form, the one it was made from), as training reads them."""
     from forerun.export.training.weights import BundleWeights
-    from forerun.quant.quantize import _rewrite
+    from forerun.quant.formats import FORMATS
+    from forerun.quant.weights import WeightStore
 
-    form = FORMATS["int8"]
     manifest = target_bundle.manifest
-    _rewrite(manifest, target_bundle.folder, tmp_path, form, lambda *a: None)
-    (tmp_path / "manifest.json").write_text(manifest.to_json())
-    small, exact = BundleWeights(tmp_path), BundleWeights(target_bundle.folder)
+    store = WeightStore(manifest, target_bundle.folder, FORMATS[weights], lambda *a: None)
+    store.write(folder)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return BundleWeights(folder), BundleWeights(target_bundle.folder)
+
+
+def test_quantized_weights_are_read_as_they_are_meant(target_bundle, tmp_path):
+    small, exact = read_back(target_bundle, tmp_path, "int8")
     for label in ("qkv.0", "down.2"):
         a, b = small.matrix(label), exact.matrix(label)
         assert a.shape == b.shape and 0 < np.abs(a - b).max() < 0.02 * np.abs(b).max()
     assert np.abs(small.head() - exact.head()).max() < 0.02 * np.abs(exact.head()).max()
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4-fast", "int4-exact"])
+def test_so_are_those_in_4_bits(target_bundle, tmp_path, weights):
+    small, exact = read_back(target_bundle, tmp_path, weights)
+    for label in ("qkv.0", "gate_up.1", "down.2"):
+        a, b = small.matrix(label), exact.matrix(label)
+        # What the rounding itself leaves is a tenth; codes in a wrong place leave more than all.
+        assert a.shape == b.shape and 0 < np.linalg.norm(a - b) < 0.25 * np.linalg.norm(b)
+    a, b = small.head(), exact.head()
+    assert np.linalg.norm(a - b) < 0.25 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize(("arch", "why"), [("gemma3", "sliding"), ("qwen2", "llama")])
