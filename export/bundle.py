@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
+import platform
+import re
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +18,11 @@ from forerun.errors import OptionError, SpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+# A process of another machine or container has a number that says nothing here.
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+_OLD = "old"
 
 
 @contextlib.contextmanager
@@ -48,13 +57,16 @@ def new_bundle(out: Path) -> Iterator[Path]:
 def folder_aside(out: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `out` that takes its place if the block succeeds.
 
-    After an error, also Ctrl-C, nothing is left of it, and `out` is what it was.
+    After an error, also Ctrl-C, nothing is left of it, and `out` is what it was. What processes
+    left that were killed is removed by the next one.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+    _clean(out)
+    prefix = f".{out.name}.{_MACHINE}-{os.getpid()}."
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
     try:
         yield temporary
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
+        old = out.with_name(f"{prefix}{_OLD}")
         replace_folder(temporary, out, old)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -90,6 +102,32 @@ def replace_folder(new: Path, out: Path, old: Path) -> None:
         if os.path.lexists(old) and not os.path.lexists(out):
             old.rename(out)
         raise
+
+
+def _clean(out: Path) -> None:
+    """Remove what killed processes left beside `out`, and undo a replacement that was cut short."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.{_MACHINE}-(\d+)\.({_OLD}|[a-z0-9_]+)")
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
+        match = name.fullmatch(path.name)
+        if not match or _lives(int(match.group(1))):
+            continue
+        if match.group(2) == _OLD and not os.path.lexists(out):
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs; on Windows, where asking would end it, all are taken to."""
+    if os.name == "nt":  # pragma: no cover
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _space_or_option(error: OSError, out: Path) -> Exception:

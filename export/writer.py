@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 WEIGHTS_NAME = "weights.bin"
-_INLINE_BYTES = 4096
-_ALIGN = 4096
+# Smaller constants go into the graph itself; larger ones begin at a page of the weights file.
+INLINE_BYTES = 4096
+ALIGN = 4096
 _IR_VERSION = 10
 _OPSETS = (("", 21), ("com.microsoft", 1))
 
@@ -75,10 +76,10 @@ class GraphWriter:
             inline: small arrays go into the graph itself, not into the weights file.
         """
         value = np.ascontiguousarray(value)
-        if inline and value.nbytes < _INLINE_BYTES:
+        if inline and value.nbytes < INLINE_BYTES:
             self._initializers.append(numpy_helper.from_array(value, name))
             return name
-        offset = -(-self._file.tell() // _ALIGN) * _ALIGN
+        offset = -(-self._file.tell() // ALIGN) * ALIGN
         self._file.write(b"\0" * (offset - self._file.tell()))
         # Not tofile: on a full disk it raises an OSError without the error number.
         self._file.write(value.reshape(-1).view(np.uint8).data)

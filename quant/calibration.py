@@ -1,4 +1,4 @@
-"""Second moments of the inputs of each matrix, from the float32 model reading built-in text."""
+"""What a model computes on built-in text: moments of inputs, KV caches, logits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def input_moments(
     progress: Callable[[str, int, int | None], None] | None = None,
     only: Collection[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Run text through the model and sum up x x^T in front of every matrix product.
+    """Run text through the model and sum up x x^T of the inputs x of matrix products.
 
     Args:
         model: the float32 graph, its external weights not loaded; it is not changed.
@@ -43,7 +43,7 @@ def input_moments(
         only: names of the weights that matter; None for all.
 
     Returns:
-        Name of the weight to float32 [K, K].
+        Name of the weight to float32 [K, K]; weights that no product reads are left out.
     """
     initializers = {t.name for t in model.graph.initializer if only is None or t.name in only}
     watched = {
@@ -52,6 +52,8 @@ def input_moments(
         if node.op_type in _PRODUCTS and node.input[1] in initializers
     }
     names = sorted(set(watched.values()))
+    if not names:
+        return {}
     session = _open(model, names, bundle)
     arena = KVArena(manifest.kv)
     moments: dict[str, np.ndarray] = {}
@@ -75,7 +77,7 @@ def read_caches(
     """Run text through the model and give what each piece leaves in the KV cache.
 
     Args:
-        model: the float32 graph, its external weights not loaded; it is not changed.
+        model: a graph with a float32 KV cache, its external weights not loaded; it is not changed.
         manifest: of the bundle.
         bundle: where the weights are.
         pieces: token ids, each int64 [T], read from an empty cache.
@@ -103,7 +105,7 @@ def read_logits(
     """Run text through the model with some of its weights replaced.
 
     Args:
-        model: the float32 graph, its external weights not loaded; it is not changed.
+        model: a graph with a float32 KV cache, its external weights not loaded; it is not changed.
         manifest: of the bundle.
         bundle: where the weights are.
         pieces: token ids, each int64 [T], read from an empty cache.

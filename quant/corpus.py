@@ -28,7 +28,7 @@ TEXTS = {"prose": CORPUS[0], "reference": CORPUS[1], "code": "corpus_code.txt"}
 # The rest of each text is for calibration.
 _MEASURED_SHARE = 2 / 3
 # More characters a token than any text here has.
-_CHARS_PER_TOKEN = 8
+CHARS_PER_TOKEN = 8
 MAX_TEXT_BYTES = 64 << 20
 
 
@@ -93,7 +93,7 @@ def corpus_pieces(
     tokenizer, bos = load_tokenizer(manifest, folder), bos_ids(manifest)
     width = context - len(bos)
     budget = max(1, max_tokens // context // len(texts))
-    room = budget * width * _CHARS_PER_TOKEN
+    room = budget * width * CHARS_PER_TOKEN
     pieces: list[np.ndarray] = []
     for name in texts:
         text = corpus_text(name)
@@ -103,7 +103,10 @@ def corpus_pieces(
         ids = ids[-budget * width :] if from_end else ids
         pieces += _cut(ids, bos, width, budget)
     if not pieces:
-        raise OptionError(f"the built-in text has fewer than {context} tokens in this tokenizer")
+        raise OptionError(
+            f"the built-in text has fewer than {context} tokens in this tokenizer; "
+            "give a smaller context"
+        )
     return pieces
 
 

@@ -34,9 +34,9 @@ from forerun.quant.measure_open import (
     view,
     weight_bytes,
 )
-from forerun.quant.measure_speed import DEPTHS as SPEED_DEPTHS
-from forerun.quant.measure_speed import measure_speed
+from forerun.quant.measure_speed import depths_of, measure_speed
 from forerun.quant.recall import DEPTHS, PAIRS, depths_within, recall, recall_text
+from forerun.runtime.layouts import layout_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,8 @@ class Plan:
         depths: of the recall test, in tokens; those that a model's cache cannot hold are left out.
         pairs: at every depth; 0 leaves the test out.
         rounds: of the measurement of speed and memory; 0 leaves it out.
-        speed_depths: cached tokens at which decoding is timed.
+        speed_depths: cached tokens at which decoding is timed, all of which must fit; None takes
+            `measure_speed.DEPTHS` as far as they fit.
     """
 
     contexts: tuple[int, ...] = (512, 2048)
@@ -86,7 +87,7 @@ class Plan:
     depths: tuple[int, ...] = DEPTHS
     pairs: int = PAIRS
     rounds: int = 2
-    speed_depths: tuple[int, ...] = SPEED_DEPTHS
+    speed_depths: tuple[int, ...] | None = None
 
 
 QUICK = Plan(contexts=(512,), tokens=1536, prompts=3, depths=(256, 1024), pairs=8, rounds=1)
@@ -125,8 +126,8 @@ def evaluate_all(
         A JSON object for each; the README lists its fields.
 
     Raises:
-        OptionError: a context or the amount of text is out of range, the tokenizers differ, a KV
-            layout is unknown, or the text is none.
+        OptionError: a context, the amount of text or a depth of speed is out of range, the
+            tokenizers differ, a KV layout is unknown, or the text is none.
         BundleError: a bundle cannot be loaded.
         MeasureError: the process that measures speed failed.
     """
@@ -135,6 +136,9 @@ def evaluate_all(
     everyone = [*judged, reference] if reference else [*judged]
     manifests = [check_judged(one) for one in everyone]
     _check(manifests, plan)
+    if plan.rounds:
+        for one, manifest in zip(judged, manifests, strict=False):
+            depths_of(one, manifest, plan.speed_depths)
     material = _Material(manifests, everyone, plan)
     rows: list[dict[str, Any]] = []
     truth: dict[str, Any] | None = None
@@ -157,11 +161,17 @@ def contexts_within(everyone: Sequence[Judged], contexts: tuple[int, ...]) -> tu
 
 def _check(manifests: list[Manifest], plan: Plan) -> None:
     if len({manifest.tokenizer.sha256 for manifest in manifests}) > 1:
-        raise OptionError("the bundles have different tokenizers, so they cannot be compared")
+        raise OptionError(
+            "the bundles have different tokenizers, so they cannot be compared; "
+            "give bundles of one model"
+        )
     most = _limit(manifests)
     for context in plan.contexts:
         if not MIN_CONTEXT <= context <= most:
-            raise OptionError(f"a context must be in {MIN_CONTEXT}..{most}, got {context}")
+            raise OptionError(
+                f"a context must be in {MIN_CONTEXT}..{most} tokens, which is what every "
+                f"cache holds, got {context}"
+            )
     if not plan.contexts or plan.tokens < max(plan.contexts):
         raise OptionError(
             f"tokens must be at least the longest context, {max(plan.contexts, default=0)}, "
@@ -270,6 +280,7 @@ def _add_sizes(
             "label": label(one, manifest),
             "weights": manifest.quantization.method,
             "kv": one.kv,
+            "kv_layout": layout_name(manifest.kv),
             "ffn_skip": one.ffn_skip,
             "window": one.window,
             "contexts": list(plan.contexts),

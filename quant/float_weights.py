@@ -45,6 +45,10 @@ class FloatWeights:
         tensor = self._tensors.get(name)
         return tensor is not None and len(tensor.dims) == 2 and min(tensor.dims) >= _LEAST_SIDE
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sides of a constant."""
+        return tuple(self._tensors[name].dims)
+
     def array(self, name: str) -> np.ndarray:
         """A constant, mapped into memory if it is large."""
         tensor = self._tensors[name]
@@ -72,4 +76,7 @@ class FloatWeights:
                 finite = np.isfinite(flat[start : start + _CHUNK])
                 if not finite.all():
                     count = int(np.count_nonzero(~np.isfinite(flat)))
-                    raise SourceError(f"the weights hold {count} NaN or infinity in {name!r}")
+                    raise SourceError(
+                        f"the weights hold {count} NaN or infinity in {name!r}; "
+                        "get the model again, or export another one"
+                    )

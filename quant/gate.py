@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from forerun.errors import ExportMismatch, ForerunError, OptionError
+from forerun.export.card import is_lower_limit, limit_text
 from forerun.quant.corpus import Piece, corpus_pieces
 from forerun.quant.measure_divergence import Divergence, Stream, compare
 from forerun.quant.measure_open import Judged, open_judged
+from forerun.runtime.layouts import layout_name
 from forerun.runtime.manifest import Check
 
 if TYPE_CHECKING:
@@ -20,6 +23,13 @@ if TYPE_CHECKING:
 _CONTEXT = 256
 _TOKENS = 512
 _AGAINST = "float32 bundle"
+# What limits may be, in words and as a test that NaN does not pass.
+_ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "kl_mean": ("above 0 nats", lambda value: value > 0),
+    "kl_p99": ("above 0 nats", lambda value: value > 0),
+    "perplexity_ratio": ("above 0, where 1 is as good as float32", lambda value: value > 0),
+    "top1": ("a share in 0..1", lambda value: 0 <= value <= 1),
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,13 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Refuse limits that nothing, or everything, would keep."""
-        for name in ("kl_mean", "kl_p99", "perplexity_ratio"):
+        for name, (allowed, is_allowed) in _ALLOWED.items():
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise OptionError(f"the limit {name} must be above 0, got {value:g}")
-        if self.top1 is not None and not 0 <= self.top1 <= 1:
-            raise OptionError(f"the limit top1 must be in 0..1, got {self.top1:g}")
+            if value is not None and not is_allowed(value):
+                raise OptionError(
+                    f"the limit {name} must be {allowed}, got {value:g}; "
+                    "leave it out to set no such limit"
+                )
 
 
 class QualityMismatch(ExportMismatch):
@@ -66,7 +77,9 @@ class QualityMismatch(ExportMismatch):
         self.where = "built-in text"
         told = "; ".join(_told(check) for check in failed)
         ForerunError.__init__(
-            self, f"quality on the built-in text: {told}; the bundle was not written"
+            self,
+            f"quality on the built-in text: {told}; the bundle was not written; "
+            "allow more, or choose a form that loses less",
         )
 
     @property
@@ -75,12 +88,11 @@ class QualityMismatch(ExportMismatch):
         return gate_rows(self.checks)
 
 
-# metric: words, whether it is a lower limit.
 _METRICS = {
-    "kl_mean": ("mean KL to float32", False),
-    "kl_p99": ("99th percentile of KL", False),
-    "top1_agreement": ("same best token", True),
-    "perplexity_ratio": ("perplexity by that of float32", False),
+    "kl_mean": "mean KL to float32",
+    "kl_p99": "99th percentile of KL",
+    "top1_agreement": "same best token",
+    "perplexity_ratio": "perplexity by that of float32",
 }
 
 
@@ -118,8 +130,14 @@ def measure_gate(
         runner.close()
 
 
-def gate_checks(measured: Divergence, limits: Limits) -> tuple[Check, ...]:
-    """Every limit that is set, with the figure that was measured."""
+def gate_checks(measured: Divergence, limits: Limits, against: str = _AGAINST) -> tuple[Check, ...]:
+    """Every limit that is set, with the figure that was measured.
+
+    Args:
+        measured: from `measure_gate`.
+        limits: to be kept.
+        against: what was compared with, and how the new bundle was run.
+    """
     ratio = measured.perplexity / (measured.perplexity_against or float("nan"))
     found = (
         ("kl_mean", measured.kl_mean, limits.kl_mean),
@@ -128,28 +146,68 @@ def gate_checks(measured: Divergence, limits: Limits) -> tuple[Check, ...]:
         ("perplexity_ratio", ratio, limits.perplexity_ratio),
     )
     return tuple(
-        Check(_AGAINST, name, float("nan") if value is None else value, bound)
+        Check(against, name, float("nan") if value is None else value, bound)
         for name, value, bound in found
         if bound is not None
     )
 
 
-def keep_limits(measured: Divergence, limits: Limits) -> tuple[Check, ...]:
+def keep_limits(
+    measured: Divergence, limits: Limits, manifest: Manifest | None = None
+) -> tuple[Check, ...]:
     """Return all checks, for the manifest.
 
+    Args:
+        measured: from `measure_gate`.
+        limits: to be kept.
+        manifest: of what was judged, whose KV layout the checks name.
+
     Raises:
-        QualityMismatch: a figure is over its limit, or is not a number.
+        QualityMismatch: a figure breaks its limit, or is not a number.
     """
-    checks = gate_checks(measured, limits)
+    checks = gate_checks(measured, limits, _against(manifest) if manifest else _AGAINST)
     failed = tuple(check for check in checks if not is_kept(check))
     if failed:
         raise QualityMismatch(measured, checks, failed)
     return checks
 
 
+def keep_skipping(
+    folder: Path,
+    manifest: Manifest,
+    reference: Judged,
+    reference_manifest: Manifest,
+    limits: Limits,
+    progress: Progress | None = None,
+) -> tuple[float, tuple[Check, ...]]:
+    """Find the largest default share of skipped blocks with which a bundle keeps its limits.
+
+    Args:
+        folder: of the bundle.
+        manifest: of it; its default share and the smaller ones that were calibrated are tried.
+        reference: what it was made from.
+        reference_manifest: of that.
+        limits: to be kept.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The share, and the checks with it; 0 and none if no share keeps the limits.
+    """
+    if (found := manifest.skipping) is None:
+        return 0.0, ()
+    ratios = {level.ratio for level in found.levels if level.ratio <= found.default}
+    for ratio in sorted(ratios, reverse=True):
+        judged = Judged(folder, ffn_skip=repr(ratio))
+        measured = measure_gate(judged, manifest, reference, reference_manifest, progress)
+        checks = gate_checks(measured, limits, _against(manifest, ratio))
+        if all(map(is_kept, checks)):
+            return ratio, checks
+    return 0.0, ()
+
+
 def is_kept(check: Check) -> bool:
     """Whether a figure is within its limit; NaN is not."""
-    if _METRICS[check.metric][1]:
+    if is_lower_limit(check):
         return check.value >= check.bound
     return check.value <= check.bound
 
@@ -158,46 +216,21 @@ def gate_rows(checks: tuple[Check, ...]) -> list[tuple[str, float, str, str]]:
     """Rows of a table: measure, figure, limit, whether it was kept."""
     return [
         (
-            _METRICS[check.metric][0],
+            _METRICS[check.metric],
             check.value,
-            f"{'>=' if _METRICS[check.metric][1] else '<='} {check.bound:g}",
+            limit_text(check),
             "kept" if is_kept(check) else "NOT KEPT",
         )
         for check in checks
     ]
 
 
-def check_quality(
-    manifest: Manifest,
-    folder: Path,
-    reference: Manifest,
-    reference_folder: Path,
-    limits: Limits | float,
-    progress: Progress | None = None,
-) -> Check:
-    """Compare a quantized bundle with its float32 source on a short text.
-
-    Args:
-        manifest: of the new bundle, whose default KV layout is run.
-        folder: of it.
-        reference: manifest of the source.
-        reference_folder: of that.
-        limits: or the largest mean KL alone.
-        progress: called with (stage, done, total).
-
-    Returns:
-        The first limit, by default the mean KL divergence, with its figure.
-
-    Raises:
-        QualityMismatch: a limit is not kept.
-    """
-    kept = limits if isinstance(limits, Limits) else Limits(limits)
-    judged, source = Judged(folder), Judged(reference_folder)
-    measured = measure_gate(judged, manifest, source, reference, progress)
-    return keep_limits(measured, kept)[0]
+def _against(manifest: Manifest, skipped: float = 0.0) -> str:
+    """What was compared with, and how the new bundle was run."""
+    how = f"KV {layout_name(manifest.kv)}"
+    return f"{_AGAINST} (this one with {how}{f', skipping {skipped:g}' if skipped else ''})"
 
 
 def _told(check: Check) -> str:
-    words, is_lower = _METRICS[check.metric]
-    allowed = "at least" if is_lower else "at most"
-    return f"{words} is {check.value:.3g}, allowed is {allowed} {check.bound:.3g}"
+    allowed = "at least" if is_lower_limit(check) else "at most"
+    return f"{_METRICS[check.metric]} is {check.value:.3g}, allowed is {allowed} {check.bound:.3g}"

@@ -39,7 +39,9 @@ def gear_layout(
         OptionError: the kind is unknown.
     """
     if kind not in GEAR:
-        raise OptionError(f"a KV layout in GEAR's form must be one of {GEAR}, got {kind!r}")
+        raise OptionError(
+            f"a KV layout in GEAR's form must be one of {', '.join(GEAR)}, got {kind!r}"
+        )
     layout = dataclasses.replace(
         dense,
         dtype="uint8",

@@ -1,4 +1,4 @@
-"""Scales of a KV cache in 8 and 4 bits, from built-in text that is read once for both.
+"""Scales of a KV cache in 8 and 4 bits, from text that is read once for both.
 
 ONNX Runtime multiplies a quantized cache row by row, so that a step of several rows gives bit for
 bit what single rows give, which its float caches do not.
@@ -45,7 +45,7 @@ def calibrate(
     scale has the least squared error, with keys moved to positions up to the capacity.
 
     Args:
-        model: the float32 graph, its external weights not loaded.
+        model: the graph of the float32 cache, its external weights not loaded.
         manifest: of the bundle.
         bundle: where the weights are.
         pieces: token ids, each int64 [T].

@@ -21,11 +21,11 @@ class Divergence:
 
     Attributes:
         perplexity: of the model that is judged.
-        perplexity_against: of the reference.
+        perplexity_against: of the reference; None, as all that follows, if there is none.
         kl_mean: mean of KL(reference || judged) in nats.
         kl_p99: its 99th percentile.
         top1_agreement: share of positions with the same most probable token.
-        tokens: positions that were compared.
+        tokens: positions that were read, always a number.
     """
 
     perplexity: float
@@ -79,7 +79,7 @@ class Tally:
         if reference is None:
             self._blocks.append(_Block(*about))
             return
-        kl = (np.exp(reference) * (reference - judged)).sum(-1)
+        kl = kl_rows(judged, reference)
         same = judged.argmax(-1) == reference.argmax(-1)
         self._blocks.append(_Block(*about, -reference[rows, following], kl, same))
 
@@ -195,6 +195,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities over the last axis, float32."""
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl_rows(judged: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """KL(reference || judged) of each row of log-probabilities float32 [R, V], in nats."""
+    return (np.exp(reference) * (reference - judged)).sum(-1)
 
 
 def _nothing() -> Iterator[None]:

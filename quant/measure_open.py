@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forerun.runtime.kv_request import KVRequest
 from forerun.runtime.layouts import choose_layout
 from forerun.runtime.manifest import load_manifest
 from forerun.runtime.open import open_runner
 from forerun.runtime.skipping import NO_SKIPPING, parse_skipping
-from forerun.runtime.window import open_window
 
 if TYPE_CHECKING:
     from forerun.runtime.manifest import Manifest
@@ -36,6 +36,11 @@ class Judged:
     ffn_skip: str | None = None
     window: int | None = None
     threads: int | None = None
+
+    @property
+    def cache(self) -> KVRequest:
+        """What is asked of the KV cache."""
+        return KVRequest(self.kv, window=self.window)
 
     @property
     def rows_per_step(self) -> int | None:
@@ -64,12 +69,11 @@ def check_judged(judged: Judged) -> Manifest:
         BundleError: the folder is not a bundle, or its graphs have no such window.
         OptionError: it has no such layout or window, or cannot skip that share.
     """
-    manifest = view(judged)
+    manifest = load_manifest(judged.bundle)
+    judged.cache.apply(manifest)
     if judged.ffn_skip:
         parse_skipping(judged.ffn_skip, manifest)
-    if judged.window is not None:
-        open_window(manifest, judged.window)
-    return manifest
+    return view(judged, manifest)
 
 
 def open_judged(judged: Judged, manifest: Manifest | None = None) -> Any:
@@ -83,16 +87,12 @@ def open_judged(judged: Judged, manifest: Manifest | None = None) -> Any:
         BundleError: the bundle cannot be loaded.
         OptionError: it has no such layout or window, or cannot skip that share.
     """
-    manifest = view(judged, manifest)
-    arena = None
-    if judged.window is not None:
-        arena = open_window(manifest, judged.window)
-        manifest = replace(manifest, kv=replace(manifest.kv, capacity=judged.window))
+    manifest, _ = judged.cache.apply(manifest or load_manifest(judged.bundle))
     return open_runner(
         manifest,
         judged.bundle,
         threads=judged.threads,
-        arena=arena,
+        arena=judged.cache.arena(manifest),
         skipping=judged.ffn_skip or NO_SKIPPING,
     )
 

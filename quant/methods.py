@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     Stored = Blocks | Affine | Columns8
     Pack = Callable[[np.ndarray, np.ndarray | None], Stored]
 
-_SMALL_BLOCK = 32
+# Every width must be a multiple of it.
+LEAST_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,12 @@ def _gptq(bits: int, block: int) -> Method:
 
 def _fitting(weight: np.ndarray, block: int) -> int:
     # Some models are as wide as 32 divides and 64 does not; smaller blocks lose nothing.
-    return block if weight.shape[1] % block == 0 else _SMALL_BLOCK
+    return block if weight.shape[1] % block == 0 else LEAST_BLOCK
 
 
 METHODS = {
     "range4": _blocks(round_range, 4, 32),
     "least4": _blocks(quantize_blocks, 4, 32),
-    "least4-64": _blocks(quantize_blocks, 4, 64),
     "gptq4": _gptq(4, 32),
     "gptq4-64": _gptq(4, 64),
     "affine4": Method(4, 32, True, quantize_affine),

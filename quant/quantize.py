@@ -19,15 +19,17 @@ from forerun.export.tree import TREE_GRAPH_NAME, tree_lowering, write_tree_graph
 from forerun.export.webgpu import with_webgpu, without_webgpu
 from forerun.export.writer import WEIGHTS_NAME
 from forerun.quant.calibration import calibration_pieces
-from forerun.quant.formats import FORMATS, PLAIN_FORMATS, WeightFormat
-from forerun.quant.gate import Limits, keep_limits, measure_gate
+from forerun.quant.float_weights import FloatWeights
+from forerun.quant.formats import FORMATS, KEPT, KEPT_BOUNDS, PLAIN_FORMATS, WeightFormat
+from forerun.quant.gate import Limits, keep_limits, keep_skipping, measure_gate
 from forerun.quant.gear import with_gear
 from forerun.quant.kv import calibrate
-from forerun.quant.kv_graphs import DENSE, with_layouts, without_layouts
+from forerun.quant.kv_graphs import DENSE, FLOAT, with_layouts, without_layouts
 from forerun.quant.measure_open import Judged
 from forerun.quant.methods import METHODS
-from forerun.quant.skip_calibrate import add_skipping
+from forerun.quant.skip_calibrate import KL_LIMIT, add_skipping, check_skippable
 from forerun.quant.weights import WeightStore
+from forerun.runtime.layouts import layout_name
 from forerun.runtime.manifest import Manifest, Quantization, inside, load_manifest, seal
 
 if TYPE_CHECKING:
@@ -35,10 +37,13 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int | None], None]
 
-# The name for weights that stay as they are, where only the KV cache or skipping is wanted.
-KEPT = "fp32"
-_EXACT_KV, _FLOAT_KV = "int8", "fp32"
-_KEPT_BOUND, _KEPT_BYTES = 0.75, 4.1
+_EXACT_KV = "int8"
+_KEPT_BYTES = 4.1
+# Bytes of a weight that no budget goes beyond: 8 bits for every matrix, and a head of its own.
+_MOST_BYTES = 1.6
+# Graphs of a bundle, for chains and trees in every layout and for two devices, in units of the
+# float32 one, which names fewer constants.
+_GRAPHS = 32
 _TREE = "cpu-tree"
 
 
@@ -53,7 +58,8 @@ class Wish:
         budget: bytes of the weights file; what `weights` leaves of them goes to 8 bits for the
             matrices where that gains most.
         skipping: calibrate which feed-forward blocks can be skipped, and let the graph do it.
-        limits: what the bundle may cost; None takes the format's own bound.
+        limits: what the bundle may cost; None takes the format's own bound, or that of the KV
+            layout for weights that stay as they are.
 
     Raises:
         OptionError: a name is not known, or options contradict each other.
@@ -79,7 +85,7 @@ class Wish:
             raise OptionError(
                 f"a budget says which matrices of a 4-bit form get 8 bits; {self.weights} has none"
             )
-        if form is None and self.kv in (None, _FLOAT_KV) and not self.skipping:
+        if form is None and self.kv in (None, FLOAT) and not self.skipping:
             raise OptionError("nothing would change: name a weight format, a KV layout or skipping")
 
     @property
@@ -91,12 +97,17 @@ class Wish:
     def default_kv(self) -> str:
         """The KV layout that the bundle runs when nothing is said."""
         exact = self.form is not None and self.form.row_exact
-        return self.kv or (_EXACT_KV if exact else _FLOAT_KV)
+        return self.kv or (_EXACT_KV if exact else FLOAT)
 
     @property
     def kept_limits(self) -> Limits:
-        """What the bundle may cost."""
-        return self.limits or Limits(self.form.kl_bound if self.form else _KEPT_BOUND)
+        """What the bundle may cost, with its default KV layout and its default skipping."""
+        if self.limits:
+            return self.limits
+        if self.form:
+            return Limits(self.form.kl_bound)
+        bound = KEPT_BOUNDS[self.default_kv]
+        return Limits(max(bound, KL_LIMIT) if self.skipping else bound)
 
 
 def quantize(
@@ -117,31 +128,72 @@ def quantize(
     Raises:
         OptionError: see `Wish`; or the budget is too small, and it says what works.
         SourceError: the weights hold NaN or infinity.
-        UnsupportedError: the bundle is quantized already.
+        UnsupportedError: the bundle is quantized already, can skip already or has another KV cache
+            than float32 by default; or its graph or the width of a matrix does not allow it.
+        SpaceError: the disk has too little room.
         QualityMismatch: the new bundle costs more than its limits allow.
     """
     wish = Wish(weights) if isinstance(weights, str) else weights
     bundle, report = Path(bundle), progress or (lambda stage, done, total: None)
     manifest = load_manifest(bundle)
     manifest.check_files(bundle)
+    _check_source(manifest, bundle, wish)
+    # The static form reads the float32 weights, which the new bundle does not have.
+    source = without_layouts(without_webgpu(without_static(manifest)))
+    require_space(Path(out).parent, needed_bytes(source, wish), "quantizing")
+    with new_bundle(Path(out)) as folder:
+        new = _with_weights(source, bundle, folder, wish, report)
+        new = _with_rest(with_webgpu(folder, new), folder, wish, report)
+        new = _gated((new, folder), (manifest, bundle), wish, report)
+        write_card(folder, new)
+        return seal(folder, new)
+
+
+def needed_bytes(source: Manifest, wish: Wish) -> int:
+    """An estimate of the bytes that a new bundle takes on the disk."""
+    count = source.model.parameters
+    weights = count * (wish.form.bytes_per_weight if wish.form else _KEPT_BYTES)
+    if wish.budget is not None:
+        weights = max(weights, min(wish.budget, count * _MOST_BYTES))
+    return int(weights) + _GRAPHS * source.files[source.lowerings["cpu"].graph].bytes
+
+
+def _check_source(manifest: Manifest, bundle: Path, wish: Wish) -> None:
+    """Refuse a bundle that is no plain float32 one, or that cannot become what is wished."""
     if manifest.quantization.method != "none":
         raise UnsupportedError(
             f"{bundle} is quantized already ({manifest.quantization.method}); "
             "quantize the float32 bundle"
         )
-    # The static form reads the float32 weights, which the new bundle does not have.
-    source = without_layouts(without_webgpu(without_static(manifest)))
-    per_weight = wish.form.bytes_per_weight if wish.form else _KEPT_BYTES
-    needed = int(manifest.model.parameters * per_weight)
-    require_space(Path(out).parent, needed, "quantizing")
-    with new_bundle(Path(out)) as folder:
-        new = _with_weights(source, bundle, folder, wish, report)
-        new = _with_rest(with_webgpu(folder, new), folder, wish, report)
-        measured = measure_gate(Judged(folder), new, Judged(bundle), manifest, report)
-        checks = keep_limits(measured, wish.kept_limits)
-        new = dataclasses.replace(new, checks=(*manifest.checks, *checks))
-        write_card(folder, new)
-        return seal(folder, new)
+    if manifest.skipping is not None:
+        raise UnsupportedError(
+            f"{bundle} can skip feed-forward blocks already, and only a bundle without can be "
+            "quantized; give the float32 bundle that it was made from"
+        )
+    if (kv := layout_name(manifest.kv)) != FLOAT:
+        raise UnsupportedError(
+            f"{bundle} has a KV cache in {kv} by default, and only a bundle with {FLOAT} can be "
+            "quantized; give the float32 bundle that it was made from"
+        )
+    if wish.skipping:
+        check_skippable(bundle, manifest)
+
+
+def _gated(
+    new: tuple[Manifest, Path], source: tuple[Manifest, Path], wish: Wish, report: Progress
+) -> Manifest:
+    """Measure the new bundle against its limits, and how much skipping they leave room for."""
+    (manifest, folder), (plain, bundle) = new, source
+    reference = Judged(bundle)
+    measured = measure_gate(Judged(folder), manifest, reference, plain, report)
+    checks = keep_limits(measured, wish.kept_limits, manifest)
+    if manifest.skipping:
+        ratio, more = keep_skipping(folder, manifest, reference, plain, wish.kept_limits, report)
+        skipping = dataclasses.replace(manifest.skipping, default=ratio)
+        manifest = dataclasses.replace(manifest, skipping=skipping)
+        # Readers that keep one figure a metric shall keep that of the bundle as it runs unasked.
+        checks = (*more, *checks)
+    return dataclasses.replace(manifest, checks=(*plain.checks, *checks))
 
 
 def _with_weights(
@@ -151,6 +203,8 @@ def _with_weights(
     # What the float32 bundle lacks, the new one lacks as well.
     recipe = min(source.recipe, RECIPE)
     if wish.form is None:
+        graph = inside(bundle, source.lowerings["cpu"].graph)
+        FloatWeights(onnx.load(str(graph), load_external_data=False), bundle).check()
         _copy(source, bundle, folder, frozenset())
         return dataclasses.replace(source, recipe=recipe)
     graph = source.lowerings["cpu"].graph
@@ -168,7 +222,9 @@ def _with_rest(manifest: Manifest, folder: Path, wish: Wish, report: Progress) -
     """Add skipping and the layouts of the KV cache, measured on the new weights."""
     pieces = calibration_pieces(manifest, folder)
     if wish.skipping:
-        manifest = add_skipping(folder, manifest, pieces, report=report)
+        wished = wish.kept_limits.kl_mean
+        limit = KL_LIMIT if wished is None else min(KL_LIMIT, wished)
+        manifest = add_skipping(folder, manifest, pieces, kl_limit=limit, report=report)
         if _TREE in manifest.lowerings:
             write_tree_graph(folder, manifest.lowerings["cpu"].graph)
             forms = manifest.lowerings | {_TREE: tree_lowering(manifest.lowerings["cpu"])}

@@ -29,6 +29,9 @@ _SEED = 4
 # The question, the number, and a little more.
 _ROOM = 64
 _LEAST = 96
+# Tokens before a question that are read row by row where only such steps show what is judged:
+# skipping of feed-forward blocks begins a few rows behind a prompt.
+_LEAD = 32
 _WORDS = (
     "apple river candle mountain violin harbor garden silver window rocket pepper castle marble "
     "lantern forest pencil thunder blanket copper dolphin engine feather guitar hammer island "
@@ -106,7 +109,8 @@ def recall(stream: Stream, text: RecallText, progress: Progress | None = None) -
     """Read the text once and ask for every pair.
 
     Args:
-        stream: an open model; with `rows_per_step` the answers are read row by row.
+        stream: an open model; with `rows_per_step` the last tokens of the text, the questions and
+            the answers are read so many rows at a time.
         text: from `recall_text`.
         progress: called with (stage, done, total) in tokens and questions read.
 
@@ -116,11 +120,13 @@ def recall(stream: Stream, text: RecallText, progress: Progress | None = None) -
     """
     report = progress or (lambda stage, done, total: None)
     total = len(text.ids) + _ROOM * len(text.queries)
-    _read(stream, text.ids, lambda done: report("recall", done, total))
+    cut = len(text.ids) - (_LEAD if stream.rows_per_step else 0)
+    before, lead = text.ids[:cut], text.ids[cut:]
+    _read(stream, before, lambda done: report("recall", done, total))
     found: dict[int, list[tuple[bool, float]]] = {}
     for number, query in enumerate(text.queries, start=1):
-        _back(stream, text.ids)
-        found.setdefault(query.depth, []).append(_ask(stream, query))
+        _back(stream, before)
+        found.setdefault(query.depth, []).append(_ask(stream, lead, query))
         report("recall", len(text.ids) + _ROOM * number, total)
     by_depth = {str(depth): _score(found[depth]) for depth in sorted(found)}
     return {**_score([one for group in found.values() for one in group]), "by_depth": by_depth}
@@ -166,12 +172,17 @@ def _back(stream: Stream, ids: np.ndarray) -> None:
         _read(stream, ids, lambda done: None)
 
 
-def _ask(stream: Stream, query: Query) -> tuple[bool, float]:
-    # The question is part of the prompt; only the answer is decoded.
-    first = prefill(stream.runner, query.ask)[None].copy()
-    rest = query.answer[:-1]
-    logits = np.concatenate([first, run_rows(stream, rest)]) if len(rest) else first
-    p = log_softmax(logits)[np.arange(len(query.answer)), query.answer]
+def _ask(stream: Stream, lead: np.ndarray, query: Query) -> tuple[bool, float]:
+    count = len(query.answer)
+    told = np.concatenate([lead, query.ask, query.answer[:-1]])
+    if stream.rows_per_step:
+        logits = run_rows(stream, told)[-count:]
+    else:
+        # One step of many rows and one of a few: what a prompt and a checked draft are.
+        first = prefill(stream.runner, told[: len(told) - count + 1])[None].copy()
+        rest = told[len(told) - count + 1 :]
+        logits = np.concatenate([first, run_rows(stream, rest)]) if len(rest) else first
+    p = log_softmax(logits)[np.arange(count), query.answer]
     return bool((logits.argmax(-1) == query.answer).all()), float(-p.mean())
 
 

@@ -43,20 +43,8 @@ def quantize_blocks(weight: np.ndarray, bits: int, block: int) -> Blocks:
     Raises:
         UnsupportedError: K is not a multiple of the block size.
     """
-    shape = split_blocks(weight, block).shape
-    flat = weight.reshape(-1, block)
-    codes = np.empty(flat.shape, np.uint8)
-    scales = np.empty(len(flat), np.float32)
-    zeros = np.empty(len(flat), np.uint8)
-    even = np.ones(block, np.float32)
-
-    def run(part: slice) -> None:
-        codes[part], scales[part], zeros[part] = best_grid(flat[part], bits, even)
-
-    _in_parallel(run, len(flat), _CHUNK_BLOCKS)
-    grid = shape[:2]
-    scales = half_scales(scales).reshape(grid)
-    return Blocks(codes.reshape(shape), scales, zeros.reshape(grid), bits)
+    codes, scales, zeros = _plain(weight, bits, block, best_grid)
+    return Blocks(codes, scales, zeros.astype(np.uint8), bits)
 
 
 def round_range(weight: np.ndarray, bits: int, block: int) -> Blocks:
@@ -112,6 +100,12 @@ def line_blocks(
     weight: np.ndarray, bits: int, block: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `quantize_blocks`, with levels that begin anywhere; returns as `line_gptq`."""
+    codes, scales, zeros = _plain(weight, bits, block, best_line)
+    return codes, scales, -zeros * scales
+
+
+def _plain(weight: np.ndarray, bits: int, block: int, choose: Choose) -> Grid:
+    """Round every block by itself, all of its columns equally important."""
     shape = split_blocks(weight, block).shape
     flat = weight.reshape(-1, block)
     codes = np.empty(flat.shape, np.uint8)
@@ -119,16 +113,13 @@ def line_blocks(
     even = np.ones(block, np.float32)
 
     def run(part: slice) -> None:
-        codes[part], scales[part], zeros[part] = best_line(flat[part], bits, even)
+        codes[part], scales[part], zeros[part] = choose(flat[part], bits, even)
 
     _in_parallel(run, len(flat), _CHUNK_BLOCKS)
-    scales, zeros = half_scales(scales).reshape(shape[:2]), zeros.reshape(shape[:2])
-    return codes.reshape(shape), scales, -zeros * scales
+    return codes.reshape(shape), half_scales(scales).reshape(shape[:2]), zeros.reshape(shape[:2])
 
 
-def _gptq(
-    weight: np.ndarray, moment: np.ndarray, bits: int, block: int, choose: Choose
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _gptq(weight: np.ndarray, moment: np.ndarray, bits: int, block: int, choose: Choose) -> Grid:
     shape = split_blocks(weight, block).shape
     upper, importance = _inverse_factor(moment)
     codes = np.empty(weight.shape, np.uint8)

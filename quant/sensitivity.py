@@ -2,7 +2,8 @@
 
 For each kind of matrix (all `qkv`, all `down`, ..) the divergence from the float32 model is
 measured with only that kind rounded. Among the layers of a kind it is shared out by the error of
-their products on calibration text, the quantity that GPTQ lowers. That costs one pass for a kind
+their products on calibration text, the quantity that GPTQ lowers (without calibration, by the
+error of the weights). That costs one pass for a kind
 and not one for a matrix. The budget is then spent where a byte saves most, as in knapsack by
 density.
 """
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forerun.errors import OptionError
+from forerun.export.writer import ALIGN
 from forerun.quant.calibration import read_logits
+from forerun.quant.measure_divergence import kl_rows, log_softmax
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
     from forerun.runtime.manifest import Manifest
 
     Progress = Callable[[str, int, int | None], None]
-
-_ALIGN = 4096
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,9 @@ def choose_wide(candidates: list[Candidate], budget: int, fixed: int) -> frozens
     Raises:
         OptionError: not even the smaller forms fit; it says what does.
     """
-    left = budget - fixed - sum(c.small for c in candidates)
-    if left < 0:
-        least = budget - left
-        raise OptionError(
-            f"a budget of {budget / 1e6:.1f} MB is too small for these weights: the smallest that "
-            f"works is {np.ceil(least / 1e5) / 10:.1f} MB"
-        )
+    least = fixed + sum(c.small for c in candidates)
+    check_budget(budget, least)
+    left = budget - least
     # Padded to pages, the larger form of a small matrix may cost nothing.
     useful = [c for c in candidates if c.harm > 0]
     chosen = set()
@@ -78,9 +75,22 @@ def choose_wide(candidates: list[Candidate], budget: int, fixed: int) -> frozens
     return frozenset(chosen)
 
 
+def check_budget(budget: int, least: int) -> None:
+    """Refuse a budget below the bytes that the smaller forms take.
+
+    Raises:
+        OptionError: it is too small; it says what works.
+    """
+    if budget < least:
+        raise OptionError(
+            f"a budget of {budget / 1e6:.1f} MB is too small for these weights: the smallest that "
+            f"works is {np.ceil(least / 1e5) / 10:.1f} MB; give that or more"
+        )
+
+
 def file_bytes(arrays: Iterable[np.ndarray]) -> int:
     """Most bytes that arrays take in the weights file, where each begins at a page."""
-    return sum(-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays)
+    return sum(-(-array.nbytes // ALIGN) * ALIGN for array in arrays)
 
 
 def product_error(weight: np.ndarray, rounded: np.ndarray, moment: np.ndarray) -> float:
@@ -121,14 +131,14 @@ def measure_harm(
     for name, error in errors.items():
         if error > 0:
             kinds.setdefault(kind_of(name), []).append(name)
-    reference = [_log_softmax(x) for x in read_logits(*source, pieces)] if kinds else []
+    reference = [log_softmax(x) for x in read_logits(*source, pieces)] if kinds else []
     harm = dict.fromkeys(errors, 0.0)
     for done, names in enumerate(kinds.values()):
         replaced = {name: rounded(name) for name in names}
         total = 0.0
         judged = read_logits(*source, pieces, replaced)
         for p, logits in zip(reference, judged, strict=True):
-            total += float((np.exp(p) * (p - _log_softmax(logits))).sum(-1).mean())
+            total += float(kl_rows(log_softmax(logits), p).mean())
         whole = sum(errors[name] for name in names)
         for name in names:
             harm[name] = max(total / len(pieces), 0.0) * errors[name] / whole
@@ -140,8 +150,3 @@ def kind_of(name: str) -> str:
     """``qkv.12`` is of the kind ``qkv``; a name without a layer is a kind of its own."""
     kind, _, layer = name.rpartition(".")
     return kind if layer.isdigit() else name
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -2,7 +2,8 @@
 
 What counts is decoding: a prefix is read in full, and only the rows behind it skip. A fixed set of
 blocks gives the same rows whether they run one by one or together, so sets are judged in one step
-of many rows; the adaptive rule looks at each row, so its levels are judged row by row.
+of many rows; the adaptive rule decides once for all rows of a step, so its levels are judged row
+by row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from onnx import helper, numpy_helper
 
 from forerun.devices.session import SessionOptions
 from forerun.errors import OptionError
-from forerun.quant.evaluate import log_softmax
+from forerun.quant.measure_divergence import kl_rows, log_softmax
 from forerun.quant.skip_graph import find_blocks, skipping_lowering, with_skipping
 from forerun.runtime.arena import KVArena
 from forerun.runtime.bound import BoundGraph
@@ -60,6 +61,22 @@ class Probe:
     rows: np.ndarray
 
 
+def check_skippable(folder: Path, manifest: Manifest) -> None:
+    """Refuse a bundle that `add_skipping` could do nothing with.
+
+    Raises:
+        OptionError: the model has too few layers.
+        UnsupportedError: the graph is not made of blocks as `export` writes them.
+    """
+    if manifest.model.layers < 3:
+        raise OptionError(
+            f"a model of {manifest.model.layers} layers has no block between its first and last, "
+            "so nothing can be skipped; it takes 3 layers"
+        )
+    path = folder / manifest.lowerings["cpu"].graph
+    find_blocks(onnx.load(str(path), load_external_data=False).graph)
+
+
 def add_skipping(
     folder: Path,
     manifest: Manifest,
@@ -88,8 +105,7 @@ def add_skipping(
     """
     report = report or (lambda stage, done, total: None)
     chain, layers = manifest.lowerings["cpu"], manifest.model.layers
-    if layers < 3:
-        raise OptionError(f"a model of {layers} layers has no block between its first and last")
+    check_skippable(folder, manifest)
     probes = _probes(pieces)
     cosine = _profile(folder, manifest, probes, report)
     band, order = _order(folder, manifest, probes[:_SET_PIECES], report)
@@ -188,7 +204,7 @@ class Judge:
         flags[list(layers)] = False
         skip = Skip(flags)
         costs = [
-            _divergence(self._together(number, skip), reference)
+            kl_rows(self._together(number, skip), reference).mean()
             for number, reference in enumerate(self._reference)
         ]
         return float(np.mean(costs))
@@ -245,7 +261,7 @@ class Judge:
             for i, token in enumerate(probe.rows):
                 past = len(probe.prefix) + i
                 logits = self._graph.run(np.array([token]), past, np.array([0]), past)
-                costs.append(_divergence(log_softmax(logits), reference[i : i + 1]))
+                costs.append(kl_rows(log_softmax(logits), reference[i : i + 1]).mean())
                 ran += int(self._gate.ran)
                 rows += 1
         return 1 - ran / (rows * self._layers), float(np.mean(costs))
@@ -299,11 +315,6 @@ def _probes(pieces: Sequence[np.ndarray]) -> list[Probe]:
     if not probes:
         raise OptionError("the text for calibrating what to skip is too short: it needs 4 tokens")
     return probes
-
-
-def _divergence(judged: np.ndarray, reference: np.ndarray) -> float:
-    """Mean KL(reference || judged) of log-probabilities float32 [R, V], nats."""
-    return float((np.exp(reference) * (reference - judged)).sum(-1).mean())
 
 
 def _shortest_run(band: tuple[int, int], layers: int, ratio: float) -> int:

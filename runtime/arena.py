@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from forerun.errors import ContextLimitError, OptionError
+from forerun.runtime.rows import MAX_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +28,11 @@ class Rows(abc.ABC):
             the i-th of them.
         pending: rows behind them that the last step wrote and that are not committed.
         epoch: grows when the tensors were lost; graphs that are bound to them are useless then.
+        is_endless: older tokens make room for new ones, so that a text never ends.
     """
 
     epoch = 0
+    is_endless = False
 
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
@@ -54,15 +57,15 @@ class Rows(abc.ABC):
     @property
     def most_rows(self) -> int:
         """Rows that one step may have."""
-        return self.capacity
+        return min(self.capacity, MAX_ROWS)
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
         return self.layout.nbytes
 
-    def check_room(self, rows: int) -> None:
-        """Refuse rows that do not fit.
+    def make_room(self, rows: int) -> None:
+        """Make sure that a step's rows fit; the last thing before it runs.
 
         Raises:
             ContextLimitError: the history and the new rows exceed the capacity.
@@ -99,6 +102,14 @@ class Rows(abc.ABC):
         """
         if not 0 <= length <= self.length:
             raise OptionError(f"cannot rewind to {length}: {self.length} tokens are cached")
+        self.length, self.pending = length, 0
+
+    def restorable(self, length: int) -> int:
+        """How many of the first `length` tokens `rewind` gives back as they were read."""
+        return length
+
+    def pretend(self, length: int) -> None:
+        """Count as `length` tokens that nobody read, so that steps behind them can be timed."""
         self.length, self.pending = length, 0
 
     def guarded(self) -> contextlib.AbstractContextManager[object]:
@@ -139,6 +150,12 @@ class KVArena(Rows):
         return {
             role: ort.OrtValue.ortvalue_from_numpy(array) for role, array in self.arrays.items()
         }
+
+    def pretend(self, length: int) -> None:
+        """Count as `length` tokens whose keys and values are zeros, in memory that is there."""
+        for array in self.arrays.values():
+            array[:, :, :length] = 0
+        super().pretend(length)
 
     def move(self, source: np.ndarray, start: int) -> None:
         """Copy rows within every array."""

@@ -11,13 +11,12 @@ import onnxruntime as ort
 
 from forerun.devices.session import SessionOptions, open_session
 from forerun.runtime.manifest import inside
+from forerun.runtime.rows import MAX_ROWS
 from forerun.runtime.skipping import FfnGate
 
 if TYPE_CHECKING:
     from forerun.runtime.arena import Rows
     from forerun.runtime.manifest import Lowering, ModelSizes
-
-MAX_ROWS = 2048
 
 
 class BoundGraph:
@@ -95,12 +94,7 @@ class BoundGraph:
             self._bind_shapes(count, wanted)
         self._ids[0, :count] = ids
         self._rows[:wanted] = rows
-        if isinstance(positions, int) and count == 1:
-            self._positions[0, 0] = positions
-        elif isinstance(positions, int):
-            positions = np.arange(positions, positions + count)
-        if not isinstance(positions, int):
-            self._positions[0, :count] = positions
+        self._place(positions, count)
         self._seqlens[0] = past + count - 1
         self._total[...] = past + count
         if self._off_host:
@@ -109,9 +103,7 @@ class BoundGraph:
             self._bind_gate()
         if bias is not None:
             self._bind_input("bias", bias, bias.shape)
-        started = time.perf_counter()
-        self._session.run_with_iobinding(self._binding)
-        self.seconds += time.perf_counter() - started
+        self._compute()
         return self._logits[:wanted]
 
     @property
@@ -132,6 +124,26 @@ class BoundGraph:
         """Free the session."""
         self._binding = self._session = None
         self._kept.clear()
+
+    def _place(self, positions: np.ndarray | int, count: int) -> None:
+        """Write the positions of `count` rows into their input."""
+        if isinstance(positions, int) and count > 1:
+            positions = np.arange(positions, positions + count)
+        self._positions[0, :count] = positions
+
+    def _reserve(self, count: int, wanted: int) -> None:
+        """Make room for the outputs of `count` rows, `wanted` of them with logits."""
+        if wanted > len(self._logits):
+            self._logits = np.zeros((wanted, self._logits.shape[1]), np.float32)
+            if self._hidden is not None:
+                self._hidden = np.zeros((wanted, self._hidden.shape[1]), np.float32)
+        if self._features is not None and count > len(self._features):
+            self._features = np.zeros((count, self._features.shape[1]), np.float32)
+
+    def _compute(self) -> None:
+        started = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        self.seconds += time.perf_counter() - started
 
     def _bind_cache(self, role: str, value: ort.OrtValue) -> ort.OrtValue:
         self._binding.bind_ortvalue_input(self._form.inputs[f"past_{role}"].name, value)
@@ -166,16 +178,17 @@ class BoundGraph:
         self._binding.bind_output(name, "cpu", 0, ran.dtype, ran.shape, ran.ctypes.data)
 
     def _bind_shapes(self, count: int, wanted: int) -> None:
-        if wanted > len(self._logits):
-            self._logits = np.zeros((wanted, self._logits.shape[1]), np.float32)
-            if self._hidden is not None:
-                self._hidden = np.zeros((wanted, self._hidden.shape[1]), np.float32)
-        if self._features is not None and count > len(self._features):
-            self._features = np.zeros((count, self._features.shape[1]), np.float32)
+        self._reserve(count, wanted)
         self._bind_inputs(count, wanted)
-        self._bind_output("logits", self._logits, wanted)
-        if self._hidden is not None:
-            self._bind_output("hidden", self._hidden, wanted)
-        if self._features is not None:
-            self._bind_output("features", self._features, count)
+        self._bind_outputs(slice(0, wanted), slice(0, count))
         self._shape = (count, wanted)
+
+    def _bind_outputs(self, wanted: slice, rows: slice) -> None:
+        """Bind what is computed of the wanted rows and of all rows, to these parts of the room."""
+        for role, array, part in (
+            ("logits", self._logits, wanted),
+            ("hidden", self._hidden, wanted),
+            ("features", self._features, rows),
+        ):
+            if array is not None:
+                self._bind_output(role, array[part], part.stop - part.start)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from forerun.devices.providers import find_provider
 from forerun.errors import BundleError, OptionError
 from forerun.runtime.layouts import LAYOUTS, layout_name
 
@@ -54,13 +55,11 @@ class KVPlan:
     Attributes:
         layout: with that capacity.
         nbytes: of all its keys and values.
-        limit: tokens the graphs can reach at most.
         is_capped: the budget would have been enough for more.
     """
 
     layout: KVLayout
     nbytes: int
-    limit: int
     is_capped: bool
 
     @property
@@ -79,18 +78,17 @@ class KVPlan:
         return f"{line}; the model reaches no further" if self.is_capped else line
 
 
-def plan_capacity(layout: KVLayout, budget: int, *, reserve: int = 0) -> KVPlan:
+def plan_capacity(layout: KVLayout, budget: int) -> KVPlan:
     """Find the longest KV cache within a budget.
 
     Args:
         layout: of the bundle; its capacity is the most the graphs can reach.
         budget: bytes.
-        reserve: bytes of it that are wanted for something else.
 
     Raises:
         OptionError: not even `LEAST_TOKENS` fit.
     """
-    fixed = reserve + buffer_bytes(layout)
+    fixed = buffer_bytes(layout)
     fitting = (budget - fixed) // layout.nbytes_per_token
     least = min(LEAST_TOKENS, layout.capacity)
     if fitting < least:
@@ -101,9 +99,9 @@ def plan_capacity(layout: KVLayout, budget: int, *, reserve: int = 0) -> KVPlan:
             "or choose a smaller layout"
         )
     capacity = min(fitting, layout.capacity)
-    nbytes = buffer_bytes(layout) + capacity * layout.nbytes_per_token
+    nbytes = fixed + capacity * layout.nbytes_per_token
     sized = replace(layout, capacity=capacity)
-    return KVPlan(sized, nbytes, layout.capacity, fitting > layout.capacity)
+    return KVPlan(sized, nbytes, fitting > layout.capacity)
 
 
 def buffer_bytes(layout: KVLayout) -> int:
@@ -111,13 +109,13 @@ def buffer_bytes(layout: KVLayout) -> int:
     return 2 * layout.layers * layout.heads * layout.head_dim * layout.buffer * _FLOAT
 
 
-def with_capacity(manifest: Manifest, capacity: int, lowering: str = "cpu") -> Manifest:
+def with_capacity(manifest: Manifest, capacity: int, device: str = "cpu") -> Manifest:
     """The manifest with a KV cache of another length.
 
     Args:
         manifest: whose `kv` is the layout that will run, see `layouts.choose_layout`.
         capacity: tokens.
-        lowering: the form that will run.
+        device: where it will run.
 
     Raises:
         OptionError: the capacity is none that the graphs can reach, or the form's is fixed.
@@ -127,15 +125,18 @@ def with_capacity(manifest: Manifest, capacity: int, lowering: str = "cpu") -> M
         raise OptionError(
             f"the KV cache can have 1 to {manifest.kv.capacity} tokens, not {capacity}"
         )
-    form = manifest.lowerings.get(lowering)
+    form = manifest.lowerings.get(find_provider(device).form)
     fixed = [
         spec.shape[2]
         for role, spec in (form.inputs if form else {}).items()
         if role.startswith("past_") and isinstance(spec.shape[2], int)
     ]
     if fixed and fixed[0] != capacity:
-        if lowering != "cpu":
-            raise OptionError(f"the KV cache of {lowering} has {fixed[0]} tokens and no other size")
+        if device != "cpu":
+            raise OptionError(
+                f"the KV cache on {device} has {fixed[0]} tokens and no other size; leave its "
+                "size alone, or use the cpu"
+            )
         raise BundleError(
             f"the bundle's KV cache has {fixed[0]} tokens and no other size; "
             "export it again, or pull it with --force"

@@ -9,7 +9,7 @@ from typing import Any
 from forerun.errors import ContextLimitError
 from forerun.runtime.drafting.choice import AnyDrafter
 from forerun.runtime.generation import OnPrefill
-from forerun.runtime.session import DEFAULT_MAX_TOKENS, ContextPolicy, Session
+from forerun.runtime.session import DEFAULT_KEEP, DEFAULT_MAX_TOKENS, ContextPolicy, Session
 from forerun.runtime.template import render_chat
 from forerun.runtime.tokenizer import as_text
 from forerun.runtime.types import Event, SamplingParams
@@ -114,7 +114,8 @@ class Chat:
         """
         message = {"role": "user", "content": as_text(text)}
         messages, prompt_text, ids = self._fit([*self._messages, message], context)
-        head = self._head_length(prompt_text, messages) if context == "slide" else 0
+        is_sliding = context == "slide"
+        head = self._head_length(prompt_text, messages) if is_sliding else DEFAULT_KEEP
         events = self.session.generate(
             ids,
             sampling=sampling,

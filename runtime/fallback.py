@@ -125,21 +125,35 @@ class FollowedArena:
         """Committed tokens."""
         return self._owner.cache.length
 
-    @length.setter
-    def length(self, value: int) -> None:
-        # Step costs are measured behind tokens that were never read.
-        self._owner.cache.length = value
-        self.known = (self.known + [0] * value)[:value]
-
     @property
     def capacity(self) -> int:
         """Tokens that fit."""
         return self._owner.cache.capacity
 
     @property
+    def most_rows(self) -> int:
+        """Rows that one step may have."""
+        return self._owner.cache.most_rows
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether older tokens make room for new ones."""
+        return self._owner.cache.is_endless
+
+    @property
     def nbytes(self) -> int:
         """Bytes reserved."""
         return self._owner.cache.nbytes
+
+    def restorable(self, length: int) -> int:
+        """How many of the first `length` tokens `rewind` gives back as they were read."""
+        return self._owner.cache.restorable(length)
+
+    def pretend(self, length: int) -> None:
+        """Count as `length` tokens that nobody read, as `forerun.runtime.arena.Rows.pretend`."""
+        self._owner.cache.pretend(length)
+        self.known = [0] * length
+        self.drafted = []
 
     def commit(self, rows: Sequence[int]) -> None:
         """Keep some of the pending rows, as `forerun.runtime.arena.Rows.commit`."""

@@ -25,10 +25,10 @@ from forerun.runtime.drafting.choice import (
 from forerun.runtime.drafting.plan import check_name
 from forerun.runtime.drafting.policy import check_policy
 from forerun.runtime.drafting.schedules import SCHEDULES
-from forerun.runtime.kv_request import NO_DRAFTING, KVRequest
+from forerun.runtime.kv_request import A_SKIP, A_WINDOW, KVRequest, no_drafting
 from forerun.runtime.manifest import Manifest, inside, load_manifest
 from forerun.runtime.prefix import PrefixCache
-from forerun.runtime.skipping import NO_SKIPPING
+from forerun.runtime.skipping import NO_SKIPPING, read_skipping
 from forerun.runtime.template import MAX_TEMPLATE_CHARS
 from forerun.runtime.text import Text
 from forerun.runtime.tokenizer import Tokenizer
@@ -36,10 +36,6 @@ from forerun.runtime.tokenizer import Tokenizer
 DEFAULT_MODEL = "smollm2-135m"
 MAX_THREADS = 1024
 _SERIAL, _SELF = "serial", "skip"
-_NO_DRAFTING_SKIPPED = (
-    "drafting does not go with skipping: drafts are verified in full, so that the text would "
-    "depend on them; use the drafter none, or skipping off"
-)
 # Where drafting cannot change the text of a row-exact bundle.
 _EXACT = "cpu"
 
@@ -67,7 +63,7 @@ def load(
 
     Args:
         model: a name that was pulled (``smollm2-135m``, ``smollm2-135m:fp32``) or a bundle folder.
-        variant: ``int4``, ``int8`` or ``fp32``; only with a name.
+        variant: such as ``int4`` or ``fp32``; only with a name.
         threads: of the computation; None takes the best that was measured on this machine.
         spin: let waiting threads spin; False when another model runs at the same time.
         drafter: what generations draft with unless they say otherwise, see `Session.generate`.
@@ -79,7 +75,7 @@ def load(
         allow_fallback: go on on the CPU if that device cannot be opened, or fails later.
         on_fallback: told when that happens, and why; None gives a `RuntimeWarning`.
         on_placement: told what ``auto`` chose, and why, and how long `kv_budget` is in tokens.
-        kv: a layout of the KV cache that the bundle has (`layouts.LAYOUTS`); None takes its own.
+        kv: a layout of the KV cache (`layouts.LAYOUTS`); None takes the bundle's, or the device's.
         kv_budget: bytes, or a size such as ``64MB``, that the KV cache may take.
         window: tokens of a KV cache that keeps only the first and the newest; no drafter then.
         skipping: see `skipping.parse_skipping`; lossy, no drafter then.
@@ -93,12 +89,16 @@ def load(
     """
     check_threads(threads)
     devices, asked = parse_devices(device), KVRequest(kv, kv_budget, window)
-    drafting = _drafting(_Drafting(drafter, policy, schedule, trees), devices, asked, skipping)
+    how, wish = _Drafting(drafter, policy, schedule, trees), read_skipping(skipping)
+    if window is not None:
+        how = _refused(how, A_WINDOW)
     name = os.fspath(model)
     bundle = _read_bundle(find_bundle(name if variant is None else f"{name}:{variant}"))
-    bundle = _shaped(bundle, asked, devices.target or "cpu", on_placement)
+    if wish.rule(bundle.whole) is not None:
+        how = _refused(how, A_SKIP)
     opening = _Opening(devices, threads, spin, allow_fallback, skipping)
-    return _opened(bundle, opening, drafting, asked, on_fallback, on_placement)
+    opening = opening.on_cpu() if how.refusal else opening
+    return _opened(bundle, opening, how, asked, on_fallback, on_placement)
 
 
 def check_threads(threads: int | None) -> None:
@@ -121,22 +121,18 @@ class _Opening:
     allow_fallback: bool
     skipping: str
 
+    def on_cpu(self) -> _Opening:
+        """The same for what the cpu alone can do: there is nothing to choose or to fall back to."""
+        if self.devices.target is not None:
+            return self
+        return replace(self, devices=replace(self.devices, target="cpu"), allow_fallback=False)
 
-def _refusal(asked: KVRequest, skipping: str) -> str:
-    """Why drafting would change the text; empty if it would not."""
-    if asked.window is not None:
-        return NO_DRAFTING
-    return "" if skipping == NO_SKIPPING else _NO_DRAFTING_SKIPPED
 
-
-def _shaped(
-    bundle: _Bundle, asked: KVRequest, target: str, tell: Callable[[str], None] | None
-) -> _Bundle:
-    """The bundle with the KV cache that was asked for."""
-    manifest, line = asked.apply(bundle.whole, find_provider(target).form)
-    if line and tell is not None:
-        tell(line)
-    return replace(bundle, manifest=manifest)
+def _shaped(whole: Manifest, asked: KVRequest, devices: DeviceRequest) -> Manifest:
+    """The manifest with the KV cache that was asked for, wherever the target may run."""
+    if devices.target is None:
+        return asked.apply_anywhere(whole)
+    return asked.apply(whole, devices.target)[0]
 
 
 @dataclass(frozen=True)
@@ -198,6 +194,7 @@ def _placed(
         is_chosen=not is_open,
         schedule=how.schedule,
         drafted_on=_EXACT if is_open else None,
+        whole=bundle.whole,
     )
     if tell is not None:
         tell(found.reason)
@@ -211,16 +208,18 @@ def _placed(
     return found.target, found.threads, chosen
 
 
-def _drafting(how: _Drafting, devices: DeviceRequest, asked: KVRequest, skipping: str) -> _Drafting:
-    """How to draft on those devices; not at all where that would change the text."""
-    how = replace(how, device=devices.draft or "cpu", refusal=_refusal(asked, skipping))
+def _drafting(how: _Drafting, devices: DeviceRequest) -> _Drafting:
+    """How to draft on those devices."""
     if how.drafter == _SELF and None in (devices.target, devices.draft):
         raise OptionError(f"the drafter {_SELF} runs where the model runs; name that device")
-    if not how.refusal:
-        return how
+    return replace(how, device=devices.draft or "cpu")
+
+
+def _refused(how: _Drafting, what: str) -> _Drafting:
+    """Not to draft, since what was asked for would let drafts change the text."""
     if how.drafter not in (DEFAULT_DRAFTER, NO_DRAFTER):
-        raise OptionError(how.refusal)
-    return replace(how, drafter=NO_DRAFTER)
+        raise OptionError(no_drafting(what))
+    return replace(how, drafter=NO_DRAFTER, refusal=no_drafting(what))
 
 
 def _opened(
@@ -232,12 +231,18 @@ def _opened(
     on_placement: Callable[[str], None] | None,
 ) -> Text:
     devices, threads = opening.devices, opening.threads
+    drafting = _drafting(drafting, devices)
+    bundle = replace(bundle, manifest=_shaped(bundle.whole, asked, devices))
     target, may_fall_back = devices.target or "cpu", opening.allow_fallback
     if None in (devices.target, devices.draft):
         target, threads, drafting = _placed(bundle, devices, drafting, threads, on_placement)
     if devices.target is None:
         # Chosen, so that there is nothing to fall back from.
         may_fall_back = may_fall_back and target != "cpu"
+    manifest, line = asked.apply(bundle.whole, target)
+    if line and on_placement is not None:
+        on_placement(line)
+    bundle = replace(bundle, manifest=manifest)
     # Imported here: onnxruntime takes long to import, and wrong input should be told before.
     from forerun.runtime.open import open_runner
     from forerun.runtime.probe import best_threads
@@ -246,7 +251,7 @@ def _opened(
         bundle.manifest,
         bundle.folder,
         device=target,
-        threads=threads or best_threads(bundle.whole),
+        threads=threads or best_threads(bundle.manifest) or best_threads(bundle.whole),
         spin=opening.spin,
         allow_fallback=may_fall_back,
         on_fallback=on_fallback,

@@ -17,6 +17,7 @@ from typing import Any
 
 from forerun.errors import BundleError
 from forerun.runtime.layouts import check_layouts
+from forerun.runtime.manifest_checks import check_numbers
 from forerun.runtime.strict import decode
 
 FORMAT_VERSION = 1
@@ -36,7 +37,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The KV cache of one stream: `layers` pairs of arrays [1, heads, capacity, head_dim].
+    """The KV cache of one stream: keys and values of `layers` layers.
+
+    A dense one has a pair of arrays [1, heads, capacity, head_dim] a layer; those of a form of
+    GEAR are told by `forerun.runtime.gear.layout.PartLayout`.
 
     Attributes:
         dtype: of the arrays; codes of 4 bits are packed two a byte, so `head_dim` is halved.
@@ -80,7 +84,10 @@ class Lowering:
 
     Roles of inputs: `ids` int64 [1, S], `positions` int64 [1, S], `seqlens` int32 [1] (T - 1),
     `total` int32 [] (T), `rows` int64 [R] (rows that want logits), `past_key.N`, `past_value.N`,
-    and in lowerings for trees `bias` float32 [1, 1, S, T]. Roles of outputs: `logits` float32
+    in lowerings for trees `bias` float32 [1, 1, S, T], and in those that can skip feed-forward
+    blocks `ffn_flags`, `skip_tau` and `skip_run`, with the output `ffn_ran` (see
+    `forerun.runtime.skipping.FfnGate`). Lowerings for a cache in GEAR's form, and for devices with
+    static shapes, have others in the place of some of them. Roles of outputs: `logits` float32
     [1, R, V], `hidden` float32 [1, R, D] (optional), `present_key.N`, `present_value.N`, which
     are bound to the same memory as the inputs of the same number.
     """
@@ -335,12 +342,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _check_consistent(manifest: Manifest, folder: Path) -> None:
-    kv, sizes = manifest.kv, manifest.model
-    numbers = [sizes.vocab, sizes.hidden, sizes.layers, sizes.context]
-    for layout in (kv, *manifest.kv_layouts.values()):
-        numbers += [layout.heads, layout.head_dim, layout.capacity, layout.layers, layout.bits]
-    if min(numbers) < 1 or kv.layers > 4096 or kv.capacity > 1 << 24:
-        raise BundleError("manifest: sizes must be positive and within reason")
+    check_numbers(manifest)
     if not manifest.lowerings:
         raise BundleError("manifest: no lowering is listed, so nothing can run")
     wanted = [manifest.tokenizer.file, *(low.graph for low in manifest.lowerings.values())]

@@ -11,8 +11,9 @@ from forerun.devices.plugins import missing
 from forerun.devices.providers import PROVIDERS, find_provider
 from forerun.errors import DeviceError, OptionError
 from forerun.runtime.fallback import FallbackRunner
+from forerun.runtime.kv_request import A_SKIP
 from forerun.runtime.runner import Runner
-from forerun.runtime.skipping import NO_SKIPPING, parse_skipping
+from forerun.runtime.skipping import NO_SKIPPING, SkipRule, parse_skipping
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,14 +34,14 @@ class _How:
     threads: int | None
     spin: bool
     arena: Rows | None
-    skipping: str
+    skipping: SkipRule | None
 
     @property
     def needs_cpu(self) -> str:
         """What only the CPU can do of it; empty if nothing."""
         if self.arena is not None:
             return "a window of the KV cache"
-        return "" if self.skipping == NO_SKIPPING else "skipping"
+        return "" if self.skipping is None else A_SKIP
 
 
 def open_runner(
@@ -73,9 +74,10 @@ def open_runner(
         DeviceError: the device is not here, or cannot run the whole graph, and going on on the
             CPU was not allowed.
         OptionError: the device is unknown or cannot do what is asked, an option is out of range,
-            or falling back to the CPU was asked of the CPU.
+            or falling back to the CPU was asked of the CPU or of a bundle without a graph for it.
     """
-    row, how = find_provider(device), _How(threads, spin, arena, skipping)
+    row = find_provider(device)
+    how = _How(threads, spin, arena, parse_skipping(skipping, manifest))
     if how.needs_cpu and row.name != _CPU:
         raise OptionError(f"{how.needs_cpu} works on the cpu only, not on {row.name}")
     open_on = partial(_open, manifest, folder, how)
@@ -83,6 +85,11 @@ def open_runner(
         return open_on(row.name)
     if row.name == _CPU:
         raise OptionError("allow_fallback needs another device than the cpu")
+    if _CPU not in manifest.lowerings:
+        raise OptionError(
+            f"allow_fallback needs a graph for the cpu, and of the bundle only {row.name}'s has "
+            "that KV cache; name one that the cpu has too, or none"
+        )
     tell = on_fallback or _warn
     try:
         return FallbackRunner(open_on(row.name), partial(open_on, _CPU), tell)
@@ -116,9 +123,13 @@ def _open_cpu(manifest: Manifest, folder: Path, how: _How) -> Runner:
         from forerun.runtime.gear.runner import GearRunner
 
         kind = GearRunner
-    rule = parse_skipping(how.skipping, manifest)
     return kind(
-        manifest, folder, threads=how.threads, spin=how.spin, skipping=rule, arena=how.arena
+        manifest,
+        folder,
+        threads=how.threads,
+        spin=how.spin,
+        skipping=how.skipping,
+        arena=how.arena,
     )
 
 

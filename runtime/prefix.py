@@ -9,12 +9,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from forerun.errors import BusyError, ContextLimitError
+from forerun.errors import BusyError
 from forerun.runtime.manifest import Manifest
+from forerun.runtime.rows import MAX_ROWS
 
 
 class Arena(Protocol):
-    """The part of the KV arena a session needs."""
+    """The part of the KV arena a session needs; see `forerun.runtime.arena.Rows`."""
 
     @property
     def length(self) -> int:
@@ -26,13 +27,38 @@ class Arena(Protocol):
         """Rows there are, in tokens."""
         ...
 
+    @property
+    def most_rows(self) -> int:
+        """Rows that one step may have."""
+        ...
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether older tokens make room for new ones, so that a text never ends."""
+        ...
+
     def commit(self, rows: Sequence[int]) -> Any:
         """Keep some of the rows of a tree, drop the others."""
+        ...
+
+    def restorable(self, length: int) -> int:
+        """How many of the first `length` tokens `rewind` gives back as they were read."""
         ...
 
     def rewind(self, length: int) -> Any:
         """Forget every row from `length` on."""
         ...
+
+
+class PlainRows:
+    """The part of `Arena` of a cache without tricks: it ends, and gives back every row."""
+
+    most_rows = MAX_ROWS
+    is_endless = False
+
+    def restorable(self, length: int) -> int:
+        """All of them."""
+        return length
 
 
 class StepRunner(Protocol):
@@ -86,7 +112,7 @@ class PrefixCache:
         self._step = runner.step
         self._arena: Arena = runner.arena
         # An arena with a window evicts for every step, so its steps are short.
-        self._most_rows: int = getattr(runner.arena, "most_rows", 0) or self._arena.capacity
+        self._most_rows = self._arena.most_rows
         self._arena.rewind(0)
 
     @property
@@ -94,17 +120,22 @@ class PrefixCache:
         """Tokens the arena holds."""
         return self._arena.capacity
 
+    @property
+    def is_endless(self) -> bool:
+        """Whether a text never ends, since older tokens are evicted."""
+        return self._arena.is_endless
+
     def keep_common(self, ids: Sequence[int]) -> int:
         """Rewind to the longest common prefix with `ids`, short of their last token.
 
-        The last token always runs again, since its logits are wanted. A cache that evicted some of
-        the prefix is emptied.
+        The last token always runs again, since its logits are wanted, and so do those that the
+        cache cannot give back as they were read.
 
         Returns:
             How many tokens are still cached.
         """
         self.settle()
-        self._rewind_or_empty(min(common_prefix(self.ids, ids), max(len(ids) - 1, 0)))
+        self._go_back(min(common_prefix(self.ids, ids), max(len(ids) - 1, 0)))
         return len(self.ids)
 
     def feed(self, ids: list[int], want: Literal["last", "none"] = "last") -> np.ndarray:
@@ -169,13 +200,12 @@ class PrefixCache:
 
     def settle(self) -> None:
         """Bring arena and ids back in line after a step that was broken off."""
-        self._rewind_or_empty(min(len(self.ids), self._arena.length))
+        self._go_back(min(len(self.ids), self._arena.length))
 
-    def _rewind_or_empty(self, length: int) -> None:
-        try:
-            self.rewind(length)
-        except ContextLimitError:
-            self.rewind(0)
+    def _go_back(self, length: int) -> None:
+        if length < self._arena.length:
+            length = self._arena.restorable(length)
+        self.rewind(length)
 
 
 def busy_error() -> BusyError:

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from forerun.runtime.manifest import Manifest
 
 _DEPTH = 64
+_FORM = "cpu"
 
 
 def best_threads(manifest: Manifest) -> int | None:
-    """The thread count that was measured for these weights, or None."""
+    """The thread count that was measured for a bundle's graph for the cpu, or None."""
+    if _FORM not in manifest.lowerings:
+        return None
     return remembered_threads(_key(manifest), home() / "cache")
 
 
@@ -44,5 +47,5 @@ def probe_bundle(manifest: Manifest, folder: Path) -> dict[int, float]:
 
 
 def _key(manifest: Manifest) -> str:
-    graph = manifest.lowerings["cpu"].graph
+    graph = manifest.lowerings[_FORM].graph
     return f"{manifest.name}/{manifest.quantization.method}/{manifest.files[graph].sha256[:16]}"

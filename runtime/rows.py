@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 HIDDEN = np.float32(-1e30)
+# Rows that one step may have.
+MAX_ROWS = 2048
 
 
 def tree_depths(parents: Sequence[int], count: int) -> np.ndarray:

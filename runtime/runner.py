@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,9 +11,10 @@ from forerun.devices.providers import find_provider
 from forerun.devices.session import SessionOptions
 from forerun.errors import BundleError, OptionError
 from forerun.runtime.arena import KVArena, Rows
-from forerun.runtime.bound import MAX_ROWS, BoundGraph
+from forerun.runtime.bound import BoundGraph
 from forerun.runtime.device_arena import DeviceArena
-from forerun.runtime.rows import check_ids, tree_bias, tree_depths, wanted_rows
+from forerun.runtime.layouts import layout_on
+from forerun.runtime.rows import MAX_ROWS, check_ids, tree_bias, tree_depths, wanted_rows
 from forerun.runtime.skipping import Singles
 
 if TYPE_CHECKING:
@@ -66,9 +68,10 @@ class Runner:
         arena: Rows | None = None,
     ) -> None:
         row = find_provider(device)
-        self.manifest, self.device = manifest, device
-        self._folder = folder
         self._lowering = lowering or row.form
+        # Forms for other devices have a KV cache of their own, whatever the bundle's default is.
+        self.manifest = replace(manifest, kv=layout_on(manifest, self._lowering))
+        self.device, self._folder = device, folder
         self._options = SessionOptions(threads=threads, spin=spin, device=device)
         self.threads = self._options.resolved_threads()
         self._require(self._lowering)
@@ -88,12 +91,17 @@ class Runner:
 
     @skipping.setter
     def skipping(self, rule: SkipRule | None) -> None:
-        if rule is not None and self._chain.gate is None:
+        if rule is not None and not self.can_skip:
             raise OptionError(
                 f"the form {self._lowering!r} of {self.manifest.name} cannot skip feed-forward "
-                "blocks; quantize it with --skipping and run it on the cpu"
+                "blocks; quantize its float32 bundle with --skipping and run it on the cpu"
             )
         self._skipping = rule
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether steps can leave feed-forward blocks out."""
+        return self._chain.gate is not None
 
     @property
     def ffn_counts(self) -> tuple[int, int]:
@@ -140,7 +148,6 @@ class Runner:
         """
         ids = np.asarray(ids, np.int64)
         check_ids(ids, self.manifest.model.vocab, MAX_ROWS)
-        self.arena.check_room(len(ids))
         rows = wanted_rows(want, len(ids))
         if self._epoch != self.arena.epoch:
             self._reopen()
@@ -209,6 +216,7 @@ class Runner:
             steps = self._singles.before(arena.length)
             rule = self._skipping if count == 1 else None
             gate.set(rule.choose(steps) if rule else None)
+        arena.make_room(count)
         with arena.guarded():
             logits = self._chain.run(ids, arena.position, rows, arena.used)
         self._last = self._chain
@@ -217,16 +225,17 @@ class Runner:
         return logits
 
     def _run_tree(self, ids: np.ndarray, rows: np.ndarray, parents: Sequence[int]) -> np.ndarray:
-        past = self.arena.used
-        positions = self.arena.position + tree_depths(parents, len(ids))
+        depths = tree_depths(parents, len(ids))
         if self._tree is None:
             self._tree = self._open(_TREE.format(self._lowering))
-        if not past:
+        if not self.arena.used:
             # ONNX Runtime takes the rows of a first prompt to stand one behind the other.
             raise OptionError(
                 "a tree needs history before it, and the KV cache is empty; "
                 "run its first row as a chain"
             )
+        self.arena.make_room(len(ids))
+        past, positions = self.arena.used, self.arena.position + depths
         with self.arena.guarded():
             logits = self._tree.run(ids, positions, rows, past, tree_bias(parents, past))
         self._last = self._tree

@@ -120,7 +120,8 @@ class Session:
             stop: texts that end the answer and are not part of it.
             logprobs: give each token's log-probability under the unprocessed model.
             context: at a full context ``error`` ends with finish reason ``context``; ``slide``
-                keeps the first `n_keep` tokens and the newest half of the rest and goes on.
+                keeps the first `n_keep` tokens and the newest half of the rest and goes on. A
+                window has no end, so there both must be left out.
             n_keep: see `context`; at most half the context is kept.
             on_prefill: called with (prompt tokens done, prompt tokens) as the prompt is read.
             drafter: guesses tokens for the model to confirm several at a time: a name
@@ -223,6 +224,11 @@ class Session:
         check_count("n_keep", n_keep, 0)
         if context not in get_args(ContextPolicy):
             raise OptionError(f"context is {context!r}; it must be 'error' or 'slide'")
+        if self._cache.is_endless and (context, n_keep) != ("error", DEFAULT_KEEP):
+            raise OptionError(
+                "context and n_keep say what happens at the end of the context, and with a window "
+                "there is none; leave them out, or load the model without a window"
+            )
         request = Request(
             prompt=self._prompt_ids(prompt),
             params=params,

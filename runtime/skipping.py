@@ -11,6 +11,7 @@ Attention always runs, so the KV cache is complete whatever is skipped. Three ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -22,10 +23,12 @@ from forerun.errors import OptionError
 if TYPE_CHECKING:
     from forerun.runtime.manifest import Manifest, SkipLevel, Skipping
 
-NO_SKIPPING = "off"
+NO_SKIPPING, _DEFAULT = "off", "default"
 # No cosine reaches it.
 _NEVER = np.float32(np.inf)
-_SPAN = 256
+_SPAN, _LONGEST = 256, 1 << 20
+# Shares are decimals, and floats only near them.
+_CLOSE = 1e-6
 _WARM_LAYERS = 1
 _HOW = "give a share such as 0.25, adaptive:0.25, static:0.25, decode:0.25 or decode:0.25:256"
 
@@ -179,79 +182,116 @@ def parse_skipping(text: str, manifest: Manifest) -> SkipRule | None:
         None if nothing is to be skipped.
 
     Raises:
-        OptionError: another text, a bundle that cannot skip, or more than its calibration allows.
+        OptionError: another text, a bundle that cannot skip, more than its calibration allows, or
+            less than a block.
     """
+    return read_skipping(text).rule(manifest)
+
+
+def read_skipping(text: str) -> SkipWish:
+    """What an option says, before there is a bundle; texts as in `parse_skipping`.
+
+    Raises:
+        OptionError: another text, or no text at all.
+    """
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise OptionError(f"skipping is {text!r}, of the type {kind}; {_HOW}, default or off")
     words = text.strip().lower().split(":")
-    if words == [NO_SKIPPING]:
-        return None
-    found = manifest.skipping
-    if found is None:
-        raise OptionError(
-            f"{manifest.name} cannot skip feed-forward blocks; quantize it with --skipping"
-        )
-    if words == ["default"]:
-        words = [repr(found.default)]
+    if words in ([NO_SKIPPING], [_DEFAULT]):
+        return SkipWish(words[0])
     if words[0] not in RULES:
         words = ["adaptive", *words]
     kind, *numbers = words
-    most = 2 if kind == "decode" else 1
-    if not 1 <= len(numbers) <= most:
+    if not 1 <= len(numbers) <= (2 if kind == "decode" else 1):
         raise OptionError(f"skipping {text!r} is not known; {_HOW}, default or off")
-    share = _number(numbers[0], text)
+    share, span = _number(numbers[0], text), _SPAN
     if not 0 <= share <= 1:
         raise OptionError(f"the share to skip must be in 0..1, got {numbers[0]}")
-    if share == 0:
-        return None
-    return RULES[kind](_Wish(text, share, tuple(numbers[1:])), manifest, found)
+    if len(numbers) == 2:
+        span = _number(numbers[1], text)
+        if not 1 <= span <= _LONGEST or span != int(span):
+            raise OptionError(f"the tokens of {text!r} must be a whole number from 1 to {_LONGEST}")
+    return SkipWish(kind if share else NO_SKIPPING, share, int(span))
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """A rule's arguments, and how they were written."""
+class SkipWish:
+    """What was asked for.
 
-    text: str
-    share: float
-    more: tuple[str, ...]
+    Attributes:
+        kind: ``off``, ``default`` or one of `RULES`.
+        share: of the blocks to skip.
+        span: tokens after which ``decode`` skips that many.
+    """
+
+    kind: str
+    share: float = 0.0
+    span: int = _SPAN
+
+    def rule(self, manifest: Manifest) -> SkipRule | None:
+        """The rule for a model, None if nothing is to be skipped; errors as of `parse_skipping`."""
+        found = manifest.skipping
+        if self.kind == NO_SKIPPING:
+            return None
+        if found is None:
+            raise OptionError(
+                f"{manifest.name} cannot skip feed-forward blocks; "
+                "quantize its float32 bundle with --skipping"
+            )
+        if self.kind == _DEFAULT:
+            return read_skipping(repr(found.default)).rule(manifest)
+        return RULES[self.kind](self, manifest, found)
 
 
-def _adaptive(wish: _Wish, manifest: Manifest, found: Skipping) -> SkipRule:
-    largest = max((level.ratio for level in found.levels), default=0.0)
-    _check_share(wish, largest, "adaptive", manifest)
-    level = nearest_level(found, wish.share)
+def _adaptive(wish: SkipWish, manifest: Manifest, found: Skipping) -> SkipRule:
+    ratios = [level.ratio for level in found.levels]
+    _check_share(wish, max(ratios, default=0.0), "adaptive", manifest)
+    least = min(ratios, default=1.0)
+    if wish.share < least - _CLOSE:
+        raise OptionError(
+            f"{manifest.name} skips {least:.2g} of its feed-forward blocks or more "
+            f"(adaptive), got {wish.share:g}; give at least that, or off"
+        )
+    level = level_within(found, wish.share)
     flags = np.ones(manifest.model.layers, bool)
     skip = Skip(flags, level.tau, level.run)
     return Fixed(f"adaptive:{level.ratio:g}", skip, _warmup(found))
 
 
-def _static(wish: _Wish, manifest: Manifest, found: Skipping) -> SkipRule:
+def _static(wish: SkipWish, manifest: Manifest, found: Skipping) -> SkipRule:
     layers = manifest.model.layers
     _check_share(wish, len(found.order) / layers, "static", manifest)
+    _check_blocks(wish, manifest)
     skip = static_skip(found, layers, wish.share)
     return Fixed(f"static:{wish.share:g}", skip, _warmup(found))
 
 
-def _decode(wish: _Wish, manifest: Manifest, found: Skipping) -> SkipRule:
+def _decode(wish: SkipWish, manifest: Manifest, found: Skipping) -> SkipRule:
     layers = manifest.model.layers
     skippable = range(max(found.first, _WARM_LAYERS), found.stop)
     _check_share(wish, len(skippable) / layers, "decode", manifest)
-    span = _number(wish.more[0], wish.text) if wish.more else _SPAN
-    if span != int(span) or not 1 <= span <= 1 << 20:
-        raise OptionError(f"the tokens of {wish.text!r} must be a whole number from 1 on")
-    most = _count(wish.share, layers)
-    name = f"decode:{wish.share:g}:{int(span)}"
-    return Schedule(name, layers, skippable, most, int(span), _warmup(found))
+    most = _check_blocks(wish, manifest)
+    name = f"decode:{wish.share:g}:{wish.span}"
+    return Schedule(name, layers, skippable, most, wish.span, _warmup(found))
 
 
-RULES: dict[str, Callable[[_Wish, Manifest, Skipping], SkipRule]] = {
+RULES: dict[str, Callable[[SkipWish, Manifest, Skipping], SkipRule]] = {
     "adaptive": _adaptive,
     "static": _static,
     "decode": _decode,
 }
 
 
-def nearest_level(found: Skipping, share: float) -> SkipLevel:
-    """The calibrated level whose ratio is closest to a share."""
-    return min(found.levels, key=lambda level: abs(level.ratio - share))
+def level_within(found: Skipping, share: float) -> SkipLevel:
+    """The calibrated level that skips most without skipping more than a share.
+
+    Args:
+        found: with a level that skips no more.
+        share: of the blocks.
+    """
+    within = (level for level in found.levels if level.ratio <= share + _CLOSE)
+    return max(within, key=lambda level: level.ratio)
 
 
 def static_skip(found: Skipping, layers: int, share: float) -> Skip:
@@ -263,7 +303,7 @@ def static_skip(found: Skipping, layers: int, share: float) -> Skip:
 
 def _count(share: float, layers: int) -> int:
     # Not above the share, but 0.3 of 30 layers are 9, whatever floats say.
-    return int(share * layers + 1e-6)
+    return int(share * layers + _CLOSE)
 
 
 def _warmup(found: Skipping) -> int:
@@ -271,12 +311,24 @@ def _warmup(found: Skipping) -> int:
     return max(found.warmup, 1)
 
 
-def _check_share(wish: _Wish, largest: float, kind: str, manifest: Manifest) -> None:
-    if wish.share > largest + 1e-6:
+def _check_share(wish: SkipWish, largest: float, kind: str, manifest: Manifest) -> None:
+    if wish.share > largest + _CLOSE:
         raise OptionError(
             f"{manifest.name} can skip at most {largest:.2f} of its feed-forward blocks "
             f"({kind}), got {wish.share:g}"
         )
+
+
+def _check_blocks(wish: SkipWish, manifest: Manifest) -> int:
+    """How many blocks a share is, one at least."""
+    layers = manifest.model.layers
+    count = _count(wish.share, layers)
+    if not count:
+        raise OptionError(
+            f"{wish.share:g} of the {layers} feed-forward blocks of {manifest.name} is less than "
+            f"one; give at least {math.ceil(1e4 / layers) / 1e4:g}, or off"
+        )
+    return count
 
 
 def _number(word: str, text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,10 +13,10 @@ from forerun.devices.plugins import reason
 from forerun.devices.session import SessionOptions, open_session
 from forerun.errors import BundleError, DeviceError, ForerunError, OptionError
 from forerun.runtime.arena import KVArena
-from forerun.runtime.bound import MAX_ROWS
+from forerun.runtime.layouts import layout_on
 from forerun.runtime.manifest import inside
 from forerun.runtime.pieces import cut
-from forerun.runtime.rows import ancestors, check_ids, tree_depths, wanted_rows
+from forerun.runtime.rows import MAX_ROWS, ancestors, check_ids, tree_depths, wanted_rows
 from forerun.runtime.static_graph import StaticGraph
 
 if TYPE_CHECKING:
@@ -59,12 +60,13 @@ class StaticRunner:
         device: str = "cpu",
         lowering: str = "npu",
     ) -> None:
-        self.manifest, self.device = manifest, device
+        self.manifest = dataclasses.replace(manifest, kv=layout_on(manifest, lowering))
+        self.device = device
         self._folder = folder
         self._form, table = _forms(manifest, lowering)
         self._options = SessionOptions(threads=threads, spin=spin, device=device)
         self.threads = self._options.resolved_threads()
-        self.arena = KVArena(manifest.kv)
+        self.arena = KVArena(self.manifest.kv)
         on_cpu = SessionOptions(threads=threads, spin=spin)
         self._embedding: Any = open_session(inside(folder, table.graph), on_cpu)
         self._graphs: dict[int, StaticGraph] = {}
@@ -108,9 +110,9 @@ class StaticRunner:
         """
         ids = np.asarray(ids, np.int64)
         check_ids(ids, self.manifest.model.vocab, MAX_ROWS)
-        self.arena.check_room(len(ids))
         rows = wanted_rows(want, len(ids))
         depths = np.arange(len(ids)) if parents is None else tree_depths(parents, len(ids))
+        self.arena.make_room(len(ids))
         with self._guarded():
             self._run(ids, depths, ancestors(parents, len(ids)), rows)
         if parents is None:

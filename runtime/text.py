@@ -51,8 +51,13 @@ class Text:
 
     @property
     def capacity(self) -> int:
-        """Tokens the context holds."""
+        """Tokens the context holds; more than any text has with a window, see `is_endless`."""
         return self._cache.capacity
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether a text never ends, since older tokens are forgotten: with a window."""
+        return self._cache.is_endless
 
     @property
     def suggested(self) -> SamplingParams:

@@ -11,22 +11,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forerun.errors import BundleError, ContextLimitError, OptionError
+from forerun.errors import ContextLimitError, OptionError
 from forerun.runtime.arena import KVArena
-from forerun.runtime.kv_request import NO_DRAFTING
-from forerun.runtime.layouts import LAYOUTS, layout_name
+from forerun.runtime.kv_request import A_WINDOW, LEAST_WINDOW, SINKS, check_window, no_drafting
+from forerun.runtime.rows import MAX_ROWS
 
 if TYPE_CHECKING:
     from forerun.runtime.manifest import KVLayout, Manifest, Rotary
 
-SINKS = 4
-LEAST_WINDOW = 32
+__all__ = ["LEAST_WINDOW", "SINKS", "WindowArena", "open_window"]
+
 # Of the window: how much is evicted at once, and how many rows a step may have at most. Small
 # steps and evictions keep more of the window, large ones move it less often.
 _EVICTED, _STEP = 8, 4
 # Stands for a text without end.
 _ENDLESS = 1 << 31
-_FLOATS = ("fp32", "fp16")
 
 
 class WindowArena(KVArena):
@@ -45,16 +44,19 @@ class WindowArena(KVArena):
         evicted: tokens that are gone.
     """
 
+    is_endless = True
+
     def __init__(self, layout: KVLayout, rotary: Rotary, sinks: int = SINKS) -> None:
         super().__init__(layout)
         self.sinks, self.evicted = sinks, 0
         self._rotary = rotary
         window = layout.capacity - sinks
-        self._block, self._most = max(1, window // _EVICTED), max(1, window // _STEP)
+        self._block = max(1, window // _EVICTED)
+        self._most = min(max(1, window // _STEP), MAX_ROWS)
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit: there is no end."""
+        """Tokens that fit: a number that no text reaches, since there is no end."""
         return _ENDLESS
 
     @property
@@ -72,8 +74,8 @@ class WindowArena(KVArena):
         """Rows that one step may have."""
         return self._most
 
-    def check_room(self, rows: int) -> None:
-        """Make room for rows, evicting the oldest of the window if need be.
+    def make_room(self, rows: int) -> None:
+        """Make room for a step's rows, evicting the oldest of the window if need be.
 
         Raises:
             ContextLimitError: more rows than `most_rows`; nothing was evicted.
@@ -103,16 +105,35 @@ class WindowArena(KVArena):
         if length == 0:
             self.evicted = 0
 
+    def restorable(self, length: int) -> int:
+        """None of the first `length` tokens if some of them were evicted, else all."""
+        return 0 if self.evicted and length < self.sinks + self.evicted else length
+
+    def pretend(self, length: int) -> None:
+        """Count as `length` tokens of zeros, as many of them in the window as fit."""
+        self.evicted = max(length - self.layout.capacity, 0)
+        for array in self.arrays.values():
+            array[:, :, : length - self.evicted] = 0
+        self.length, self.pending = length, 0
+
     def commit(self, rows: object) -> None:
-        """Refuse: see `NO_DRAFTING`.
+        """Refuse: see `no_drafting`.
 
         Raises:
             OptionError: always.
         """
-        raise OptionError(NO_DRAFTING)
+        raise OptionError(no_drafting(A_WINDOW))
 
     def _evict(self, count: int) -> None:
-        """Drop the oldest `count` tokens of the window, and close the gap."""
+        """Drop the oldest `count` tokens of the window, and close the gap; all if broken off."""
+        try:
+            self._close_gap(count)
+        except BaseException:
+            # Nobody knows which rows were moved.
+            self.length = self.pending = self.evicted = 0
+            raise
+
+    def _close_gap(self, count: int) -> None:
         start, stop = self.sinks + count, self.used
         target = slice(self.sinks, stop - count)
         turns = [_turn(frequencies, count) for frequencies in self._rotary.frequencies]
@@ -135,25 +156,10 @@ def open_window(manifest: Manifest, rows: int, sinks: int = SINKS) -> WindowAren
 
     Raises:
         OptionError: too few or too many rows, or a layout whose keys cannot be rotated.
-        BundleError: the bundle does not say how keys are rotated, or its cache has a fixed length.
+        BundleError: the bundle does not say how keys are rotated.
     """
-    name = layout_name(manifest.kv)
-    if name not in _FLOATS:
-        raise OptionError(
-            f"a window needs a KV cache in {' or '.join(_FLOATS)}, since keys are rotated when "
-            f"older ones are evicted; this one is {LAYOUTS[name].text}"
-        )
-    if sinks < 0 or not sinks + LEAST_WINDOW <= rows <= manifest.kv.capacity:
-        raise OptionError(
-            f"{sinks} first tokens and a window take {sinks + LEAST_WINDOW} to "
-            f"{manifest.kv.capacity} rows, got {rows}"
-        )
-    if manifest.rotary is None:
-        raise BundleError(
-            "the bundle does not say how its keys are rotated, which a window needs; "
-            "export it again, or pull it with --force"
-        )
-    return WindowArena(dataclasses.replace(manifest.kv, capacity=rows), manifest.rotary, sinks)
+    rotary = check_window(manifest, rows, sinks)
+    return WindowArena(dataclasses.replace(manifest.kv, capacity=rows), rotary, sinks)
 
 
 def _turn(frequencies: tuple[float, ...], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from forerun.runtime.manifest import (
     TokenizerInfo,
     file_sha256,
 )
+from forerun.runtime.prefix import PlainRows
 from forerun.runtime.tokenizer import Tokenizer
 
 BOS, EOS, TURN, END = 0, 1, 2, 3
@@ -54,7 +55,7 @@ def make_manifest(
     )
 
 
-class FakeArena:
+class FakeArena(PlainRows):
     """A KV arena whose rows are the ids themselves."""
 
     def __init__(self, capacity: int) -> None:

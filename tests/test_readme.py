@@ -1,4 +1,4 @@
-"""What README.md shows is true: its Python runs, and its command lines are ones we have."""
+"""What README.md and docs/ show is true: Python runs, and command lines are ones we have."""
 
 import dataclasses
 import re
@@ -14,6 +14,7 @@ import forerun
 
 ROOT = Path(forerun.__file__).resolve().parent
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SHELLS = {"bash", "console", "sh", "shell"}
 TIMEOUT_S = 120
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)^ *\2`*[ \t]*$", re.M | re.S)
@@ -24,7 +25,7 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 @dataclass(frozen=True)
 class Block:
-    """One block of code of the README."""
+    """One block of code of a page."""
 
     line: int
     language: str
@@ -115,17 +116,33 @@ def option_names():
     return names | {"--help"}
 
 
-TEXT = README.read_text("utf-8") if README.is_file() else ""
-BLOCKS = blocks_of(TEXT)
+def command_names():
+    """Names of the commands, without their groups."""
+    import typer.main
+
+    from forerun.apps.cli.main import build
+
+    return set(getattr(typer.main.get_command(build()), "commands", {}))
+
+
+TEXTS = {page: page.read_text("utf-8") for page in PAGES if page.is_file()}
+BLOCKS = [(page, block) for page, text in TEXTS.items() for block in blocks_of(text)]
 # `code` between the words of a sentence.
-SPANS = re.findall(r"`([^`\n]+)`", _FENCE.sub("", TEXT))
-PYTHON = [block for block in BLOCKS if block.language in ("python", "py")]
+SPANS = [
+    span for text in TEXTS.values() for span in re.findall(r"`([^`\n]+)`", _FENCE.sub("", text))
+]
+PYTHON = [(page, block) for page, block in BLOCKS if block.language in ("python", "py")]
 COMMANDS = [
-    (block.line, words)
-    for block in BLOCKS
+    (f"{page.name}, line {block.line}", words)
+    for page, block in BLOCKS
     if block.language in SHELLS
     for words in commands_of(block.code)
-] + [(0, words) for span in SPANS if span.startswith("forerun ") for words in commands_of(span)]
+] + [
+    ("a page", words)
+    for span in SPANS
+    if span.startswith("forerun ")
+    for words in commands_of(span)
+]
 
 
 def test_readme_shows_python_and_commands():
@@ -136,8 +153,10 @@ def test_readme_shows_python_and_commands():
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"line{block.line}")
-def test_python_of_the_readme_runs(block, tmp_path):
+@pytest.mark.parametrize(
+    "page, block", PYTHON, ids=[f"{page.name}-{block.line}" for page, block in PYTHON]
+)
+def test_python_of_the_pages_runs(page, block, tmp_path):
     """As a user would: a fresh Python in an empty folder."""
     done = subprocess.run(
         [sys.executable, "-c", block.code],
@@ -147,17 +166,28 @@ def test_python_of_the_readme_runs(block, tmp_path):
         text=True,
         timeout=TIMEOUT_S,
     )
-    assert done.returncode == 0, f"README.md, line {block.line}:\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{page.name}, line {block.line}:\n{done.stderr[-2000:]}"
 
 
 @pytest.mark.parametrize(
-    "line, words",
+    "place, words",
     [pair for pair in COMMANDS if pair[1][0] == "forerun"],
-    ids=lambda value: f"line{value}" if isinstance(value, int) else " ".join(value)[:40],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40],
 )
-def test_command_of_the_readme_is_one_we_have(line, words, capsys):
+def test_command_of_the_pages_is_one_we_have(place, words, capsys):
     why = refusal(words)
-    assert why is None, f"README.md, line {line}: {shlex.join(words)}: {why}"
+    assert why is None, f"{place}: {shlex.join(words)}: {why}"
+
+
+@pytest.mark.parametrize(
+    "span",
+    sorted({s for s in SPANS if " " in s.strip() and s.split()[0] in command_names()}),
+)
+def test_a_command_named_without_the_program_is_one_we_have(span, capsys):
+    # Such spans may leave out arguments, and `...` stands for more of the same.
+    for words in commands_of(span.replace("...", "")):
+        why = refusal(["forerun", *words])
+        assert why is None or why.startswith("Missing "), f"`{span}`: {why}"
 
 
 @pytest.mark.parametrize(
@@ -194,10 +224,17 @@ def test_every_field_of_generate_json_is_documented():
     assert not [name for name in names if not re.search(rf"\b{name}\b", spans)]
 
 
-def test_files_that_the_readme_links_to_are_there():
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", TEXT)
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert not missing
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([\w-]+))?\)", TEXTS[page])
+    for name, anchor in links:
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.M)
+            assert anchor in [
+                re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads
+            ]
 
 
 SAMPLE = """

@@ -35,7 +35,7 @@ _DRAFTERS = ("forerun.runtime.drafting.folder",)
 # What is measured is opened as users open it: a KV layout, a rule of skipping, any runner.
 _OPENING = tuple(
     f"forerun.runtime.{name}"
-    for name in ("open", "bound", "layouts", "skipping", "window", "measure", "gear.layout")
+    for name in ("open", "bound", "layouts", "skipping", "kv_request", "measure", "gear.layout")
 )
 # Training data are answers of the model, so the tokenizer and the chat template are needed too.
 _SPEAKING = tuple(f"forerun.runtime.{name}" for name in ("tokenizer", "template"))

@@ -29,6 +29,9 @@ def place_labels(axes: Any, points: Sequence[tuple[str, float, float]], renderer
     spots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
     taken = [_around(x, y, _POINT * scale) for x, y in spots]
     taken += [_box(text.get_window_extent(renderer)) for text in axes.texts]
+    taken += [
+        _upright(line.get_window_extent(renderer)) for line in axes.lines if _is_upright(line)
+    ]
     frame = _box(axes.get_window_extent(renderer))
     # The crowded ones first: those alone find a place anyway.
     order = sorted(range(len(points)), key=lambda i: _nearest(spots, i))
@@ -107,6 +110,15 @@ def _nearest(spots: Sequence[tuple[float, ...]], index: int) -> float:
 
 def _around(x: float, y: float, reach: float) -> Box:
     return x - reach, y - reach, x + reach, y + reach
+
+
+def _is_upright(line: Any) -> bool:
+    return len(line.get_xdata()) > 1 == len(set(line.get_xdata()))
+
+
+def _upright(extent: Any) -> Box:
+    # An upright line has no width of its own.
+    return extent.x0 - _PAD, extent.y0, extent.x1 + _PAD, extent.y1
 
 
 def _box(extent: Any) -> Box:

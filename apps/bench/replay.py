@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forerun.errors import ForerunError, OptionError
+from forerun.runtime.prefix import PlainRows
 
 if TYPE_CHECKING:
     from forerun.runtime.drafting.rounds import Rounds
@@ -54,7 +55,7 @@ def flat(rows: int) -> float:
     return 1.0
 
 
-class ReplayArena:
+class ReplayArena(PlainRows):
     """Counts tokens where a KV cache would hold them.
 
     Attributes:

@@ -10,6 +10,9 @@ import typer
 from forerun.apps.cli import options
 from forerun.errors import OptionError
 
+# Of `bench.quality`, which takes too long to import for a help text.
+LEAST_TEXT = 2048
+
 HELP = "Measure forerun, and other runtimes on the same weights."
 
 TEXT_HELP = """Measure prefill, decoding and memory, each runtime in a process of its own, by turns.
@@ -47,8 +50,13 @@ Runs = Annotated[int, typer.Option("--runs", min=1, help="Repetitions of every m
 Depths = Annotated[
     str, typer.Option("--depths", metavar="N,N,...", help="Tokens in the cache when decoding.")
 ]
-Tokens = Annotated[int, typer.Option("--tokens", min=1, help="How much text is read.")]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of every runtime.")]
+Tokens = Annotated[
+    int, typer.Option("--tokens", min=LEAST_TEXT, help="How much text is read, in tokens.")
+]
+Threads = Annotated[
+    int,
+    typer.Option("--threads", min=1, max=options.MAX_THREADS, help="Threads of every runtime."),
+]
 
 
 def bench_text(

@@ -6,6 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+# Of `forerun.runtime.window`, which takes too long to import for a help text.
+LEAST_ROWS = 36
+
 KV = Annotated[
     str | None,
     typer.Option(
@@ -26,7 +29,7 @@ Window = Annotated[
     int | None,
     typer.Option(
         "--window",
-        min=1,
+        min=LEAST_ROWS,
         metavar="TOKENS",
         help="Keep the first tokens and the newest ones only: a text without end in fixed memory.",
     ),
@@ -37,7 +40,8 @@ Skipping = Annotated[
         "--skipping",
         metavar="SHARE|RULE",
         help="Leave out this share of the feed-forward blocks while decoding, e.g. 0.1, "
-        "static:0.1, decode:0.2; lossy, needs a bundle quantized with --skipping.",
+        "static:0.1, decode:0.2; default takes the share that the bundle was calibrated for, off "
+        "runs every block. Lossy, needs a bundle quantized with --skipping.",
     ),
 ]
 NAMES = ("kv", "kv_budget", "window", "skipping")

@@ -19,6 +19,7 @@ from forerun.errors import ForerunError, OptionError
 
 if TYPE_CHECKING:
     from forerun.runtime.chat import Chat
+    from forerun.runtime.text import Text
 
 HELP = '''Talk with a model; it remembers the conversation.
 
@@ -40,7 +41,6 @@ In the chat: /help, /reset, /system TEXT, /save FILE, /exit.
 _QUIET_S = 1.0
 _BLOCK = '"""'
 _HISTORY_LINES = 1000
-_ENDLESS = 1 << 31
 
 
 def chat(
@@ -89,13 +89,13 @@ def chat(
         talk = Conversation(text.chat(system=system), how, stats)
         with _terminal_history() as interactive:
             if interactive:
-                note(f"{text.manifest.name}, {_room(text.capacity)}; /help, /exit")
+                note(f"{text.manifest.name}, {_room(text)}; /help, /exit")
             return talk.run(interactive)
 
 
-def _room(capacity: int) -> str:
+def _room(text: Text) -> str:
     """How long a conversation can become; a window has no end."""
-    return f"context {capacity}" if capacity < _ENDLESS else "no end, old text is forgotten"
+    return "no end, old text is forgotten" if text.is_endless else f"context {text.capacity}"
 
 
 @dataclass

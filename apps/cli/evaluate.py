@@ -49,7 +49,8 @@ Skips = Annotated[
     typer.Option(
         "--skipping",
         metavar="SHARE,SHARE,...",
-        help="Shares of the feed-forward blocks that decoding skips, or off.",
+        help="Shares of the feed-forward blocks that decoding skips, or rules such as static:0.1, "
+        "or default, or off.",
     ),
 ]
 KvWindows = Annotated[
@@ -90,13 +91,23 @@ SpeedDepths = Annotated[
     typer.Option(
         "--speed-depths",
         metavar="N,N,...",
-        show_default="64,1024",
+        show_default="64,1024, as far as the bundle reaches",
         help="Cached tokens at which decoding is timed.",
     ),
 ]
 TextFile = Annotated[
     Path | None,
     typer.Option("--text", metavar="FILE", help="Your own UTF-8 text, not the built-in ones."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        max=options.MAX_THREADS,
+        show_default="one per core, 8 at most",
+        help="Threads of every session, for quality and for speed.",
+    ),
 ]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Measure less: coarser figures in a fraction of the time.")
@@ -118,6 +129,20 @@ _COLUMNS = {
 _PART = {"agreement_tokens": "mean", "decode_tok_s": "median"}
 _HIDDEN = ("by_context", "by_text", "recall_by_depth_against", "decode_by_depth", "model", "label")
 
+# Options that say how a bundle is measured, by the names of their parameters.
+_MEASURING = {
+    "against": "--against",
+    "kv": "--kv",
+    "ffn_skip": "--skipping",
+    "window": "--window",
+    "context": "--context",
+    "tokens": "--tokens",
+    "text": "--text",
+    "speed_depths": "--speed-depths",
+    "quick": "--quick",
+    "threads": "--threads",
+}
+
 
 def evaluate(
     bundles: Bundles = None,
@@ -132,13 +157,17 @@ def evaluate(
     text: TextFile = None,
     speed_depths: SpeedDepths = None,
     quick: Quick = False,
-    threads: options.Threads = None,
+    threads: Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Evaluate bundles; `HELP` is what the user reads."""
-    from forerun.apps.bench.quality_plot import check_plot, read_saved, write_quality_plot
+    given = locals()
+    from forerun.apps.bench.quality_plot import check_plot, write_quality_plot
+    from forerun.apps.bench.quality_points import read_saved
 
     _check_given(bundles, saved, plot, against)
+    if not bundles:
+        _check_unmeasured(given)
     if plot:
         check_plot(plot)
     rows = [row for path in saved or () for row in read_saved(path)]
@@ -165,12 +194,20 @@ def _check_given(
 ) -> None:
     if not bundles and not saved:
         raise OptionError("name a BUNDLE, or rows that were saved with --from FILE.json")
-    if not bundles and against:
-        raise OptionError("--against needs a BUNDLE; the rows of --from are measured already")
     if saved and not plot:
         raise OptionError("--from needs --plot FILE.png: saved rows are only drawn")
     if bundles and plot and not against:
         raise OptionError("--plot needs --against BUNDLE: it draws the distance from that")
+
+
+def _check_unmeasured(given: dict[str, Any]) -> None:
+    """Refuse options that say how to measure where nothing is."""
+    useless = [option for name, option in _MEASURING.items() if given[name] not in (None, False)]
+    if useless:
+        verb = "needs" if len(useless) == 1 else "need"
+        raise OptionError(
+            f"{', '.join(useless)} {verb} a BUNDLE; the rows of --from are measured already"
+        )
 
 
 def _rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,24 @@ Layers = Annotated[
 ]
 
 
+# A model's name has two characters at least, so that this is no drive of Windows.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]+:[a-z0-9.-]*")
+
+
+def check_out(out: Path) -> None:
+    """Refuse the name of a pulled model where a folder is needed.
+
+    Raises:
+        OptionError: it is ``NAME:VARIANT``.
+    """
+    if _NAME.fullmatch(str(out)):
+        folder = f"./{str(out).replace(':', '-')}".rstrip("-")
+        raise OptionError(
+            f"OUT {str(out)!r} looks like the name of a pulled model, not like a folder; give a "
+            f"folder such as {folder}, or use forerun pull {out}"
+        )
+
+
 def export(
     src: Source,
     out: Out,
@@ -72,6 +91,7 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Make a bundle; `HELP` is what the user reads."""
+    check_out(out)
     if via not in ("forerun", "optimum"):
         raise OptionError(f"--via {via!r} is not known; it can be forerun or optimum")
     if via == "optimum":

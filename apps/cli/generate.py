@@ -31,7 +31,7 @@ forerun generate "Write a haiku." --temperature 0.8 --top-p 0.95 --seed 7 --stat
 git diff | forerun generate - --system "Describe this change." --max-tokens 80
 forerun generate "Once upon a time" --raw --json
 forerun generate "Correct the spelling: ..." --drafter ngram --stats
-forerun generate "Summarise: ..." --kv int4 --kv-budget 64MB
+forerun generate "Summarise: ..." --kv int8 --kv-budget 64MB
 forerun generate --file prompts.jsonl --out results.jsonl
 
 \b
@@ -139,6 +139,8 @@ def generate(
     given = locals()
     request = _request(given)
     if file or out:
+        if stats:
+            raise OptionError("--stats is for one prompt; results of --file hold their figures")
         return _answer_file(prompt, file, out, model, threads, request, as_json)
     if prompt is None:
         raise OptionError("a prompt is needed: give it as text, - for standard input, or --file")

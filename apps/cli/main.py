@@ -11,6 +11,7 @@ import typer
 from forerun.apps.cli import (
     bench,
     bench_draft,
+    bench_memory,
     chat,
     devices,
     evaluate,
@@ -49,6 +50,7 @@ BENCHES = {
     "draft": (bench_draft.bench_draft, bench_draft.HELP),
     "quality": (bench.bench_quality, bench.QUALITY_HELP),
     "profile": (bench.bench_profile, bench.PROFILE_HELP),
+    "memory": (bench_memory.bench_memory, bench_memory.HELP),
 }
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_DRAFTER = "default"
+# Of `forerun.runtime.load`, which takes too long to import for a help text.
+MAX_THREADS = 1024
 
 Model = Annotated[
     str,
@@ -83,7 +85,12 @@ Context = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Threads to compute with; chosen by a probe if absent."),
+    typer.Option(
+        "--threads",
+        min=1,
+        max=MAX_THREADS,
+        help="Threads to compute with; chosen by a probe if absent.",
+    ),
 ]
 DrafterName = Annotated[
     str,

@@ -14,6 +14,7 @@ from forerun.apps.cli.report import OutputClosed
 # A model may write any character; those that steer a terminal are shown instead of obeyed.
 _VISIBLE = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}
 _VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(128, 160), 65533)}
+_WIDE = 200
 
 
 def emit(text: str) -> None:
@@ -46,7 +47,27 @@ def to_json(value: Any, ascii_only: bool = False) -> str:
 
 
 def emit_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """Write a table; numbers are right-aligned, floats get four significant digits."""
+    """Write a table to standard output, see `render_table`."""
+    # A pipe has no width: tables are then as wide as they need to be.
+    emit(render_table(columns, rows, title, width=None if sys.stdout.isatty() else _WIDE))
+
+
+def render_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    title: str = "",
+    width: int | None = _WIDE,
+) -> str:
+    """Return a table with its line ends.
+
+    Numbers are right-aligned, floats get four significant digits.
+
+    Args:
+        columns: their names.
+        rows: a cell for each column.
+        title: above the table.
+        width: most characters of a line; None takes those of the terminal.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -57,11 +78,10 @@ def emit_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: 
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in kept:
         table.add_row(*(_cell(value) for value in row))
-    # A pipe has no width: tables are then as wide as they need to be.
-    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    console = Console(width=width, markup=False, highlight=False)
     with console.capture() as captured:
         console.print(table)
-    emit("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
 def _cell(value: object) -> str:

@@ -23,17 +23,35 @@ class Stage:
 
 
 STAGES = {
+    "wait for another pull": Stage("wait for another pull"),
     "download": Stage("download", "MB", _MEGABYTE),
     "unpack": Stage("unpack", "MB", _MEGABYTE),
     "verify": Stage("verify", "MB", _MEGABYTE),
+    "export": Stage("export"),
+    "check": Stage("check"),
     "prefill": Stage("read the prompt", "tokens"),
     "generate": Stage("prompts", "done"),
+    "calibrate": Stage("calibrate", "texts"),
+    "sizes": Stage("sizes", "matrices"),
+    "sensitivity": Stage("what 8 bits gain", "kinds of weights"),
+    "quantize": Stage("quantize", "matrices"),
+    "calibrate KV": Stage("calibrate KV", "texts"),
+    "cosines": Stage("cosines of blocks", "texts"),
+    "try skipping": Stage("try skipping", "layers"),
+    "order": Stage("order of skipping", "layers"),
+    "levels": Stage("skipping levels", "levels"),
     "evaluate": Stage("evaluate", "tokens"),
+    "measure threads": Stage("measure threads", "done"),
     "measure": Stage("measure steps", "rounds"),
     "drafters": Stage("measure drafters", "done"),
     "agreement": Stage("greedy agreement", "prompts"),
     "recall": Stage("recall", "tokens"),
     "speed": Stage("speed", "runs"),
+    "chat": Stage("chat", "tokens"),
+    "write answers": Stage("write answers", "tokens"),
+    "train": Stage("train"),
+    "answers": Stage("answers", "done"),
+    "prompts of the peers": Stage("prompts of the peers", "done"),
 }
 
 

@@ -10,6 +10,7 @@ from forerun.apps.cli import options
 from forerun.apps.cli.output import emit, emit_json, emit_table
 from forerun.apps.cli.progress import reporter
 from forerun.apps.cli.report import note
+from forerun.devices.home import DEFAULT_VARIANT, VARIANTS
 from forerun.errors import OptionError
 
 HELP = """Fetch a model and make a checked bundle of it.
@@ -35,8 +36,8 @@ Variant = Annotated[
     str | None,
     typer.Option(
         "--variant",
-        metavar="int4|int4-exact|int8|fp32",
-        help="Form of the weights; int4 if absent.",
+        metavar="|".join(VARIANTS),
+        help=f"Form of the weights; {DEFAULT_VARIANT} if absent.",
     ),
 ]
 AcceptTerms = Annotated[

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from forerun.apps.cli import options
-from forerun.apps.cli.export import Out
-from forerun.apps.cli.output import emit, emit_json, emit_table
+from forerun.apps.cli.export import Out, check_out
+from forerun.apps.cli.output import emit, emit_json, render_table
 from forerun.apps.cli.progress import reporter
 from forerun.errors import OptionError
+from forerun.quant.formats import FORMATS, KEPT, KEPT_BOUNDS, PLAIN_FORMATS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from forerun.quant.gate import QualityMismatch
     from forerun.quant.quantize import Wish
     from forerun.runtime.manifest import Manifest
 
 HELP = """Write a smaller copy of a bundle at a measured cost.
 
 Every copy can run its KV cache in float, 16, 8 and 4 bits and in GEAR's form (--kv of generate and
-chat); --kv here says which one it takes by itself. forerun evaluate tells more of the cost.
+chat); --kv here says which one it takes by itself. The copy is compared with BUNDLE on a short
+built-in text, and written only if it keeps all limits; a table shows what was measured otherwise.
+forerun evaluate tells more of the cost.
 
 \b
 forerun quantize ./my-model ./my-model-int4
 forerun quantize smollm2-135m:fp32 ./smollm2-int8 --weights int8 --kv int8
-forerun quantize smollm2-135m:fp32 ./smollm2-mixed --budget 92MB --max-kl 0.1
+forerun quantize smollm2-135m:fp32 ./smollm2-mixed --budget 99.5MB --max-kl 0.1
 forerun quantize smollm2-135m:fp32 ./smollm2-skip --skipping
 """
+
+
+def bounds_text() -> str:
+    """The default of ``--max-kl`` for every form, e.g. ``0.75 for int4; 0.02 for int8``."""
+    names: dict[float, list[str]] = {}
+    for name, form in (FORMATS | PLAIN_FORMATS).items():
+        names.setdefault(form.kl_bound, []).append(name)
+    forms = "; ".join(f"{bound:g} for {', '.join(same)}" for bound, same in names.items())
+    kept = ", ".join(f"{bound:g} for {layout}" for layout, bound in KEPT_BOUNDS.items())
+    return f"{forms}; of {KEPT} by --kv: {kept}"
+
 
 Bundle = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="A bundle, or the NAME of a pulled model.")
@@ -38,8 +56,8 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="FORM",
-        help="How weights are stored: int4, int4-exact, int8, int8-rows; int4-range, int4-least "
-        "and int4-gptq to compare with; fp32 leaves them as they are.",
+        help=f"How weights are stored: {', '.join(FORMATS)}; to compare with: "
+        f"{', '.join(PLAIN_FORMATS)}; {KEPT} leaves them as they are.",
     ),
 ]
 DefaultKV = Annotated[
@@ -56,8 +74,8 @@ Budget = Annotated[
     typer.Option(
         "--budget",
         metavar="SIZE",
-        help="Bytes of the weights, e.g. 92MB: what 4 bits leave of them goes to 8 bits where that "
-        "gains most.",
+        help="Bytes of the weights, e.g. 99.5MB: what 4 bits leave of them goes to 8 bits where "
+        "that gains most.",
     ),
 ]
 Skipping = Annotated[
@@ -68,19 +86,38 @@ MaxKL = Annotated[
     float | None,
     typer.Option(
         "--max-kl",
+        min=0.0,
         metavar="NATS",
-        show_default="0.75, int8 0.02",
+        show_default=bounds_text(),
         help="Refuse a copy whose mean KL divergence is above this.",
+    ),
+]
+MaxKLTail = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl-p99",
+        min=0.0,
+        metavar="NATS",
+        help="Refuse a copy whose KL divergence is above this at one token of a hundred.",
     ),
 ]
 MinTop1 = Annotated[
     float | None,
-    typer.Option("--min-agreement", metavar="SHARE", help="Least share of equal best tokens."),
+    typer.Option(
+        "--min-agreement",
+        min=0.0,
+        max=1.0,
+        metavar="SHARE",
+        help="Refuse a copy with a smaller share of equal best tokens.",
+    ),
 ]
 MaxPerplexity = Annotated[
     float | None,
     typer.Option(
-        "--max-perplexity", metavar="RATIO", help="Largest perplexity by that of the source."
+        "--max-perplexity",
+        min=0.0,
+        metavar="RATIO",
+        help="Refuse a copy whose perplexity by that of the source is above this.",
     ),
 ]
 
@@ -93,6 +130,7 @@ def quantize(
     budget: Budget = None,
     skipping: Skipping = False,
     max_kl: MaxKL = None,
+    max_kl_p99: MaxKLTail = None,
     min_top1: MinTop1 = None,
     max_perplexity: MaxPerplexity = None,
     as_json: options.Json = False,
@@ -102,7 +140,9 @@ def quantize(
     from forerun.quant.gate import QualityMismatch
     from forerun.quant.quantize import quantize as run
 
-    wish = _wish(weights, kv, budget, skipping, (max_kl, min_top1, max_perplexity))
+    check_out(out)
+    wish = _wish(weights, kv, budget, skipping)
+    wish = _limited(wish, max_kl, max_kl_p99, min_top1, max_perplexity)
     source = find_bundle(bundle)
     if out.exists() and out.samefile(source):
         raise OptionError(f"OUT is the bundle itself ({out}); name another folder")
@@ -110,30 +150,54 @@ def quantize(
         with reporter() as show:
             manifest = run(source, out, weights=wish, progress=show)
     except QualityMismatch as error:
-        emit_table(("measure", "figure", "limit", ""), error.rows)
+        _tell_refusal(error, as_json)
         raise
     _tell(manifest, out, as_json)
 
 
-def _wish(
-    weights: str,
-    kv: str | None,
-    budget: str | None,
-    skipping: bool,
-    limits: tuple[float | None, float | None, float | None],
-) -> Wish:
-    from forerun.quant.gate import Limits
+def _wish(weights: str, kv: str | None, budget: str | None, skipping: bool) -> Wish:
     from forerun.quant.quantize import Wish
     from forerun.runtime.budget import parse_size
 
-    nbytes = None if budget is None else parse_size(budget, "--budget")
-    wish = Wish(weights, kv, nbytes, skipping)
-    if limits == (None, None, None):
-        return wish
-    max_kl, min_top1, ratio = limits
+    return Wish(weights, kv, None if budget is None else parse_size(budget, "--budget"), skipping)
+
+
+def _limited(
+    wish: Wish,
+    max_kl: float | None,
+    max_kl_p99: float | None,
+    min_top1: float | None,
+    max_perplexity: float | None,
+) -> Wish:
+    """The wish with the limits that were given; the mean KL is always limited."""
+    from forerun.quant.gate import Limits
+
     bound = wish.kept_limits.kl_mean if max_kl is None else max_kl
-    kept = Limits(bound, top1=min_top1, perplexity_ratio=ratio)
-    return Wish(weights, kv, nbytes, skipping, kept)
+    return dataclasses.replace(wish, limits=Limits(bound, max_kl_p99, min_top1, max_perplexity))
+
+
+def _tell_refusal(error: QualityMismatch, as_json: bool) -> None:
+    """Show all that was measured of a copy that is not written, also what has no limit."""
+    from forerun.quant.gate import Limits, gate_checks, gate_rows, is_kept
+
+    limited = {check.metric: check for check in error.checks}
+    # Nothing can break these, so that every measure comes back.
+    every = gate_checks(error.measured, Limits(math.inf, math.inf, 0.0, math.inf))
+    if as_json:
+        measures = {check.metric: {"value": check.value, "limit": None} for check in every}
+        measures |= {
+            name: {"value": check.value, "limit": check.bound, "is_kept": is_kept(check)}
+            for name, check in limited.items()
+        }
+        emit_json({"is_written": False, "measures": measures})
+        return
+    rows = [
+        gate_rows((limited[check.metric],))[0]
+        if check.metric in limited
+        else (*gate_rows((check,))[0][:2], "none", "")
+        for check in every
+    ]
+    sys.stderr.write(render_table(("measure", "figure", "limit", ""), rows))
 
 
 def _tell(manifest: Manifest, out: Path, as_json: bool) -> None:

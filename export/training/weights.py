@@ -21,12 +21,16 @@ class BundleWeights:
     """Reads initializers of a bundle's graph and undoes their quantization.
 
     Args:
-        folder: a text bundle, float32 or quantized.
+        folder: a text bundle, float32 or quantized, whose graph has no branches.
 
     Attributes:
         manifest: of the bundle.
         heads: query heads.
         eps: added to the mean square in every RMS norm.
+
+    Raises:
+        UnsupportedError: the graph has branches, as one that can skip blocks has, or computes what
+            drafters cannot be trained for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,6 +38,11 @@ class BundleWeights:
         self.manifest: Manifest = load_manifest(self.folder)
         graph = inside(self.folder, self.manifest.lowerings["cpu"].graph)
         model = onnx.load(str(graph), load_external_data=False)
+        if any(node.op_type == "If" for node in model.graph.node):
+            raise UnsupportedError(
+                f"{self.folder} can skip feed-forward blocks, and its weights cannot be read for "
+                "training; give the bundle of the same weights without --skipping"
+            )
         self._initializers = {t.name: t for t in model.graph.initializer}
         self._bits: dict[str, int] = {}
         # Blocks of the input of each matrix to which sums of its blocks are appended.

@@ -188,7 +188,7 @@ def measure_costs(
         for number, depth in enumerate(fitting):
             if number and time.perf_counter() - started > budget:
                 break
-            _fill(arena, depth)
+            arena.pretend(depth)
             deadline = started + budget * (number + 1) / len(fitting)
             passes: list[list[float]] = []
             for times in _passes(runner, rows, depth, deadline):
@@ -210,8 +210,8 @@ def costs_key(manifest: Manifest, device: str, threads: int) -> str:
 
     files = "".join(f"{name}:{entry.sha256};" for name, entry in sorted(manifest.files.items()))
     form = manifest.lowerings.get("cpu")
-    # Of several layouts of the cache the same files hold the graphs.
-    files += form.graph if form else ""
+    # Of several layouts of the cache the same files hold the graphs, and of several lengths too.
+    files += f"{form.graph if form else ''};{manifest.kv.capacity}"
     digest = hashlib.sha256(files.encode()).hexdigest()[:24]
     return f"{manifest.name}/{digest}/{device}/{threads} threads/onnxruntime {ort.__version__}"
 
@@ -279,7 +279,7 @@ def _still_true(runner: Measurable, known: StepCosts) -> bool:
     """
     depth, best = known.depths[0], math.inf
     try:
-        _fill(runner.arena, depth)
+        runner.arena.pretend(depth)
         deadline = time.perf_counter() + _CHECK_S
         while best == math.inf or time.perf_counter() < deadline:
             best = min(best, _timed(runner, 1, depth))
@@ -324,14 +324,6 @@ def _agree(passes: list[list[float]]) -> bool:
     """Whether the two smallest times of every number of rows are alike."""
     pairs = [sorted(times)[:2] for times in zip(*passes, strict=True)]
     return all(pair[-1] <= _ALIKE * pair[0] for pair in pairs)
-
-
-def _fill(arena: Any, depth: int) -> None:
-    """Make the cache `depth` tokens long, with its memory really there."""
-    for array in getattr(arena, "arrays", {}).values():
-        if isinstance(array, np.ndarray):
-            array[:, :, :depth] = 0
-    arena.length = depth
 
 
 def _argmax_seconds(vocab: int) -> float:

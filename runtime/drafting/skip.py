@@ -17,7 +17,7 @@ from forerun.errors import UnsupportedError
 from forerun.runtime.drafting.coupled import CoupledPick
 from forerun.runtime.drafting.tree import TokenTree
 from forerun.runtime.drafting.vocab import identity
-from forerun.runtime.skipping import Fixed, Skip, SkipRule, nearest_level, static_skip
+from forerun.runtime.skipping import Fixed, Skip, SkipRule, level_within, static_skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,18 +107,18 @@ def open_skip(runner: Any, share: float = SHARE) -> SkipDrafter:
         share: of the blocks to skip in draft steps.
 
     Raises:
-        UnsupportedError: its graph cannot skip blocks, or its KV cache cannot drop rows exactly.
+        UnsupportedError: its graph cannot skip blocks.
     """
     manifest = runner.manifest
-    if manifest.skipping is None or not hasattr(runner, "skipping"):
+    if manifest.skipping is None:
         raise UnsupportedError(
             f"the drafter skip needs a bundle that can skip feed-forward blocks, and "
-            f"{manifest.name} cannot; quantize it with --skipping and run it on the cpu"
+            f"{manifest.name} cannot; quantize its float32 bundle with --skipping"
         )
-    if manifest.kv.kind != "dense":
+    if not getattr(runner, "can_skip", False):
         raise UnsupportedError(
-            f"the drafter skip drops rows of the KV cache all the time, and the layout "
-            f"{manifest.kv.kind} does not give back what they replaced; take a dense layout"
+            f"the drafter skip needs a graph that can skip feed-forward blocks, and that of "
+            f"{manifest.name} for {runner.device} cannot; run it on the cpu"
         )
     return SkipDrafter(runner, draft_rule(manifest, share))
 
@@ -130,7 +130,8 @@ def draft_rule(manifest: Manifest, share: float) -> SkipRule:
     """
     found, layers = manifest.skipping, manifest.model.layers
     assert found is not None
-    if found.levels and found.levels[-1].ratio >= share:
-        level = nearest_level(found, share)
+    ratios = [level.ratio for level in found.levels]
+    if ratios and min(ratios) <= share <= max(ratios):
+        level = level_within(found, share)
         return Fixed("draft", Skip(np.ones(layers, bool), level.tau, level.run), 0)
     return Fixed("draft", static_skip(found, layers, share), 0)

@@ -205,6 +205,7 @@ def place(
     is_chosen: bool = False,
     schedule: str | None = None,
     drafted_on: str | None = None,
+    whole: Manifest | None = None,
 ) -> Placement:
     """Choose where target and drafter run, from measurements.
 
@@ -224,15 +225,14 @@ def place(
             name.
         schedule: the only one to consider; None for all.
         drafted_on: the only device of the target on which to draft; None for all.
+        whole: manifest with all layouts of the KV cache, if `manifest` has one of them alone.
 
     Raises:
         DeviceError: the target can run on none of the allowed devices.
         UnsupportedError: nothing here can follow the schedule.
         BundleError: the bundle has no form for the one device that was asked for.
     """
-    from forerun.runtime.probe import best_threads
-
-    count = threads or best_threads(manifest) or default_threads()
+    count = threads or _usual_threads(manifest, whole)
     out: dict[str, str] = {}
     targets = list(_target_places(manifest, folder, request, count, progress, out))
     found = _draft_places(manifest, folder, request, drafter, count, progress, out, is_chosen)
@@ -263,6 +263,14 @@ def acceptance_of(name: str, context: DrafterContext) -> Habit:
         rate = load_info(folder).training.get("acceptance_1", habit.acceptance)
         return Habit(rate if 0 <= rate <= 1 else habit.acceptance, habit.hits)
     return habit
+
+
+def _usual_threads(manifest: Manifest, whole: Manifest | None) -> int:
+    """Threads that were measured to be best for a layout, else for the bundle's default."""
+    from forerun.runtime.probe import best_threads
+
+    found = best_threads(manifest) or (best_threads(whole) if whole else None)
+    return found or default_threads()
 
 
 def _target_places(

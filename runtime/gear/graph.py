@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forerun.runtime.bound import MAX_ROWS, BoundGraph
+from forerun.runtime.bound import BoundGraph
 from forerun.runtime.gear.layout import CHUNK
 from forerun.runtime.gear.store import MAX_PENDING
-from forerun.runtime.rows import HIDDEN
+from forerun.runtime.rows import HIDDEN, MAX_ROWS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +48,6 @@ class GearGraph(BoundGraph):
         self._bias = np.zeros(0, np.float32)
         self._triangle = np.triu(np.full((CHUNK, CHUNK), HIDDEN, np.float32), 1)
         self._chunks = -1
-        self._wanted = self._ran = 0
 
     def run(
         self,
@@ -73,13 +71,14 @@ class GearGraph(BoundGraph):
             float32 [R, V], a view that is valid until the next run.
         """
         count = len(ids)
-        if isinstance(positions, int):
-            positions = np.arange(positions, positions + count)
-        self._ids[0, :count], self._positions[0, :count] = ids, positions
+        self._ids[0, :count] = ids
+        self._place(positions, count)
         # Pieces need their rows one behind the other; the order that was asked for comes last.
         order = np.argsort(rows, kind="stable")
         self._rows[: len(rows)] = rows[order]
-        self._reserve(count, len(rows))
+        # Room for a row more, that nobody wants.
+        self._reserve(count, len(rows) + 1)
+        self._shape = (count, len(rows))
         self._arena.settle(past)
         if bias is not None:
             self._piece(0, count, past, bias[0, 0])
@@ -96,26 +95,6 @@ class GearGraph(BoundGraph):
                 self._hidden[order] = self._hidden[: len(rows)].copy()
         return self._logits[: len(rows)]
 
-    @property
-    def hidden(self) -> np.ndarray | None:
-        """float32 [R, D] of the last run's wanted rows, if the graph gives them."""
-        return None if self._hidden is None else self._hidden[: self._wanted]
-
-    @property
-    def features(self) -> np.ndarray | None:
-        """float32 [S, F] of all rows of the last run, if the graph gives them."""
-        return None if self._features is None else self._features[: self._ran]
-
-    def _reserve(self, count: int, wanted: int) -> None:
-        """Room for the outputs of all pieces, and for a row that nobody wants."""
-        self._ran, self._wanted = count, wanted
-        if wanted >= len(self._logits):
-            self._logits = np.zeros((wanted + 1, self._logits.shape[1]), np.float32)
-            if self._hidden is not None:
-                self._hidden = np.zeros((wanted + 1, self._hidden.shape[1]), np.float32)
-        if self._features is not None and count > len(self._features):
-            self._features = np.zeros((count, self._features.shape[1]), np.float32)
-
     def _piece(self, start: int, stop: int, past: int, bias: np.ndarray | None) -> None:
         """Run rows `start` to `stop` of the step behind `past` tokens."""
         arena, count = self._arena, stop - start
@@ -128,22 +107,17 @@ class GearGraph(BoundGraph):
         self._bind_mask(buffered, count, bias)
         self._bind_input("ids", self._ids[:, start:stop], (1, count))
         self._bind_input("positions", self._positions[:, start:stop], (1, count))
-        first, last = np.searchsorted(self._rows[: self._wanted], (start, stop))
+        wanted = self._shape[1]
+        first, last = map(int, np.searchsorted(self._rows[:wanted], (start, stop)))
         if first == last:
             # The graph computes a row at least; this one goes where none is wanted.
-            first, last = self._wanted, self._wanted + 1
-            picked = np.array([count - 1])
+            first, last = wanted, wanted + 1
+            rows = np.array([count - 1], np.int64)
         else:
-            picked = self._rows[first:last] - start
-        self._bind_input("rows", picked, (len(picked),))
-        self._bind_output("logits", self._logits[first:last], len(picked))
-        if self._hidden is not None:
-            self._bind_output("hidden", self._hidden[first:last], len(picked))
-        if self._features is not None:
-            self._bind_output("features", self._features[start:stop], count)
-        started = time.perf_counter()
-        self._session.run_with_iobinding(self._binding)
-        self.seconds += time.perf_counter() - started
+            rows = self._rows[first:last] - start
+        self._bind_input("rows", rows, (len(rows),))
+        self._bind_outputs(slice(first, last), slice(start, stop))
+        self._compute()
 
     def _bind_mask(self, buffered: int, count: int, bias: np.ndarray | None) -> None:
         width = buffered + count

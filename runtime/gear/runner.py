@@ -28,7 +28,8 @@ class GearRunner(Runner):
     Raises:
         BundleError: the bundle's layout is no form of GEAR, it lacks the lowering, or its graph
             cannot be loaded.
-        OptionError: `threads` is out of range.
+        OptionError: `threads` is out of range, the device is not the CPU, or the graph cannot
+            skip.
     """
 
     arena: GearArena
@@ -48,6 +49,7 @@ class GearRunner(Runner):
             raise OptionError(f"a tree may have {MAX_PENDING} rows, got {len(ids)}")
         past = self.arena.length
         positions = past + tree_depths(parents, len(ids))
+        self.arena.make_room(len(ids))
         with self.arena.guarded():
             logits = self._chain.run(ids, positions, rows, past, tree_bias(parents, past))
         self.arena.pending = len(ids)

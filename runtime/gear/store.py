@@ -27,12 +27,12 @@ class GearArena(Rows):
     A chunk is compressed once a step needs room behind it (`settle`), never with rows in it that
     are still pending. The float32 rows of the newest chunk are kept until the next one is
     compressed, so that dropping drafts leaves no trace; going back further makes what the chunk
-    stands for the new buffer.
+    stands for the new buffer, see `restorable`.
 
     Attributes:
         chunks: ``PART_KIND.N`` to array [capacity / 64, ...], see `PartLayout`.
-        rows: ``PART.N`` to float32 [rows, heads x head_dim]; row i belongs to token
-            `first_row` + i.
+        rows: ``PART.N`` to float32 [rows, heads x head_dim]; row `offset` + i belongs to token
+            64 * `compressed` + i.
         compressed: chunks that count.
     """
 
@@ -93,13 +93,35 @@ class GearArena(Rows):
         if chunk >= self.compressed:
             return
         # The newest chunk's rows are still there; of an older one only what it stands for.
-        if rest and not (self._kept and chunk == self.compressed - 1):
-            self._restore(chunk)
+        if rest and not self._has_rows_of(chunk):
+            with self._emptied_if_broken_off():
+                self._restore(chunk)
         self.compressed, self._kept = chunk, False
+
+    def restorable(self, length: int) -> int:
+        """How many of the first `length` tokens `rewind` gives back as they were read.
+
+        Within a chunk whose float32 rows are gone that is none of its tokens.
+        """
+        chunk = length // CHUNK
+        is_exact = chunk >= self.compressed or self._has_rows_of(chunk)
+        return length if is_exact else chunk * CHUNK
+
+    def pretend(self, length: int) -> None:
+        """Count as `length` tokens of zeros, in whole chunks and a buffer as after reading them."""
+        super().pretend(length)
+        self.compressed, self._kept = length // CHUNK, False
+        for array in self.chunks.values():
+            array[: self.compressed] = 0
+        for array in self.rows.values():
+            array[:CHUNK] = 0
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Around a step: one that fails in the middle leaves the tokens that were there before."""
+        """Around a step: one that fails in the middle leaves the tokens that were there before.
+
+        If it was broken off while rows were moved, it leaves none.
+        """
         try:
             yield
         except BaseException:
@@ -117,12 +139,27 @@ class GearArena(Rows):
         for array in self.rows.values():
             array[begin : begin + len(source)] = array[source + shift]
 
+    def _has_rows_of(self, chunk: int) -> bool:
+        """Whether the float32 rows of a chunk that is compressed are still there."""
+        return self._kept and chunk == self.compressed - 1
+
+    @contextlib.contextmanager
+    def _emptied_if_broken_off(self) -> Iterator[None]:
+        """Around what moves rows: broken off in the middle, it leaves nothing that counts."""
+        try:
+            yield
+        except BaseException:
+            self.length = self.pending = self.compressed = 0
+            self._kept = False
+            raise
+
     def _drop_kept(self, buffered: int) -> None:
         """Move the buffer to the beginning of its arrays."""
-        if self._kept:
-            for array in self.rows.values():
-                array[:buffered] = array[CHUNK : CHUNK + buffered].copy()
-        self._kept = False
+        with self._emptied_if_broken_off():
+            if self._kept:
+                for array in self.rows.values():
+                    array[:buffered] = array[CHUNK : CHUNK + buffered].copy()
+            self._kept = False
 
     def _restore(self, chunk: int) -> None:
         """Make what a chunk stands for the buffer."""

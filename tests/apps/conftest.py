@@ -49,7 +49,7 @@ def following(token):
     return ord("a")
 
 
-def tiny_weights():
+def tiny_weights(layers=1):
     """Layers that add nothing, and a head that finds the embedding of the token before."""
     rng = np.random.default_rng(7)
     vocab = 258
@@ -73,7 +73,11 @@ def tiny_weights():
         "input_layernorm": np.ones(HIDDEN),
         "post_attention_layernorm": np.ones(HIDDEN),
     }
-    tensors = {f"model.layers.0.{name}.weight": value for name, value in layer.items()}
+    tensors = {
+        f"model.layers.{index}.{name}.weight": value
+        for index in range(layers)
+        for name, value in layer.items()
+    }
     tensors |= {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
     tensors["model.norm.weight"] = np.ones(HIDDEN)
     return {name: value.astype(np.float32) for name, value in tensors.items()}
@@ -91,7 +95,7 @@ def write_safetensors(path, tensors):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def write_source(folder):
+def write_source(folder, layers=1):
     """Write the model as a folder in Hugging Face layout."""
     folder.mkdir(parents=True)
     config = {
@@ -100,7 +104,7 @@ def write_source(folder):
         "vocab_size": 258,
         "hidden_size": HIDDEN,
         "intermediate_size": FFN,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
         "max_position_embeddings": CONTEXT,
@@ -115,7 +119,7 @@ def write_source(folder):
     tokenizer_config = {"chat_template": TEMPLATE, "eos_token": END, "bos_token": START}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     byte_tokenizer().save(str(folder / "tokenizer.json"))
-    write_safetensors(folder / "model.safetensors", tiny_weights())
+    write_safetensors(folder / "model.safetensors", tiny_weights(layers))
     return folder
 
 
@@ -133,6 +137,12 @@ def hf_source(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def deep_source(tmp_path_factory):
+    """The same with eight layers, of which six can be skipped."""
+    return write_source(tmp_path_factory.mktemp("deep") / "alphabet", layers=8)
+
+
+@pytest.fixture(scope="session")
 def cli_home(tmp_path_factory):
     """A home in which the tiny model is installed as ``alphabet``."""
     return tmp_path_factory.mktemp("home")
@@ -146,6 +156,24 @@ def bundle(hf_source, cli_home):
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == out
     return out
+
+
+@pytest.fixture(scope="session")
+def layouts(bundle, tmp_path_factory):
+    """The tiny model with every layout of the KV cache, its own being 32-bit float."""
+    out = tmp_path_factory.mktemp("layouts") / "bundle"
+    assert main(["quantize", str(bundle), str(out), "--weights", "int8"]) == 0
+    return str(out)
+
+
+@pytest.fixture(scope="session")
+def skipping(deep_source, tmp_path_factory):
+    """The tiny model with eight layers, of which feed-forward blocks can be skipped."""
+    folder = tmp_path_factory.mktemp("skipping")
+    assert main(["export", str(deep_source), str(folder / "fp32"), "--capacity", "256"]) == 0
+    arguments = ["--weights", "fp32", "--skipping"]
+    assert main(["quantize", str(folder / "fp32"), str(folder / "bundle"), *arguments]) == 0
+    return str(folder / "bundle")
 
 
 @pytest.fixture

@@ -40,10 +40,19 @@ WRONG = {
     "unknown model": (["generate", "hi", "--model", "gpt-17"], "gpt-17"),
     "model path": (["generate", "hi", "--model", "/nowhere/model"], "/nowhere/model"),
     "unknown variant": (["generate", "hi", "--model", "smollm2-135m:int3"], "int3"),
+    "window too small": (["generate", "hi", "--window", "35"], "36"),
+    "threads": (["generate", "hi", "--threads", "1025"], "1024"),
+    "kv budget": (["generate", "hi", "--kv-budget", "64"], "64MiB"),
+    "stats of a file": (["generate", "--file", "a", "--out", "b", "--stats"], "--stats"),
+    "too little text": (["bench", "quality", "--tokens", "2047"], "2048"),
+    "too short a chat": (["bench", "memory", "--tokens", "255"], "256"),
     "export without out": (["export", "a.gguf"], "OUT"),
     "export of nothing": (["export", "/nowhere/a.gguf", "out"], "/nowhere/a.gguf"),
     "export via": (["export", ".", "out", "--via", "magic"], "magic"),
     "export via optimum": (["export", "m", "out", "--via", "optimum", "--name", "x"], "--name"),
+    "export to a name": (["export", ".", "smollm2-135m:fp32"], "smollm2-135m:fp32"),
+    "quantize to a name": (["quantize", "x", "smollm2-135m:int4"], "./smollm2-135m-int4"),
+    "quantize share": (["quantize", "x", "out", "--min-agreement", "1.5"], "1.5"),
     "quantize weights": (["quantize", "x", "out", "--weights", "int1"], "int1"),
     "pull nothing": (["pull"], "--list"),
     "pull unknown": (["pull", "gpt-17"], "gpt-17"),
@@ -117,7 +126,7 @@ def test_traceback_shows_where_an_error_came_from(capsys, monkeypatch):
     assert "test_cli_errors.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [*main.COMMANDS, "bench text"])
+@pytest.mark.parametrize("name", [*main.COMMANDS, *(f"bench {name}" for name in main.BENCHES)])
 def test_help_of_every_command_has_an_example(name, capsys):
     assert main.main([*name.split(), "--help"]) == 0
     captured = capsys.readouterr()

@@ -1,8 +1,18 @@
 """What a person sees of long work when stderr is no terminal."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
-from forerun.apps.cli.progress import Lines, amount
+import forerun
+from forerun.apps.cli.progress import STAGES, Lines, amount
+from forerun.export.fetch import WAITING
+
+ROOT = Path(forerun.__file__).parent
+ROOMS = ("quant", "export", "runtime", "devices", "apps")
+# What callers name the function that is told of progress.
+TELLERS = {"progress", "report", "_report", "show", "silent"}
 
 
 class Clock:
@@ -61,3 +71,29 @@ def test_short_stages_stay_quiet_and_long_ones_speak(capsys):
     clock.now += 2
     lines("prefill", 500, 1000)
     assert "500 of 1000 tokens" in capsys.readouterr().err
+
+
+def reported(room):
+    """Names of the stages that the code of a folder reports, with where."""
+    for path in sorted((ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or len(node.args) != 3:
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            stage = getattr(node.args[0], "value", None)
+            if name in TELLERS and isinstance(stage, str):
+                yield stage, f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_stage_has_a_row(room):
+    found = dict(reported(room))
+    missing = {stage: where for stage, where in found.items() if stage not in STAGES}
+    assert not missing, "stages without a row in STAGES"
+    # If calls got another look, this test would see nothing.
+    assert found or room == "devices"
+
+
+def test_every_row_is_reported_by_something():
+    found = {stage for room in ROOMS for stage, _ in reported(room)} | {WAITING}
+    assert set(STAGES) == found

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from forerun.apps.bench import quality_plot
 from forerun.apps.bench.plot_labels import choose_place
-from forerun.apps.bench.quality_plot import check_plot, read_saved, to_points, write_quality_plot
+from forerun.apps.bench.quality_plot import check_plot, write_quality_plot
+from forerun.apps.bench.quality_points import common_depth, read_saved, shared_weights, to_points
 from forerun.errors import OptionError
 
 FRAME = (0.0, 0.0, 1000.0, 800.0)
@@ -49,13 +50,83 @@ def test_points_count_weights_and_the_cache():
         "skip 0.3": "skip",
         "llama.cpp Q4_0": "peer",
     }
-    assert points["llama.cpp Q4_0"].is_other_text and points["llama.cpp Q4_0"].tok_s is None
+    assert points["llama.cpp Q4_0"].is_other_text and not points["llama.cpp Q4_0"].tok_s
 
 
 def test_labels_keep_the_weights_where_they_differ():
     labels = [p.label for p in to_points([row("int4, KV int8", 1, kv="int8"),
                                           row("int8, KV int8", 1, kv="int8")])]  # fmt: skip
     assert labels == ["int4, KV int8", "int8, KV int8"]
+
+
+def test_the_layout_is_told_of_weights_whose_own_is_another():
+    exact = row("int4-exact", 0.04, kv_bytes_per_token=11520)
+    named = {**exact, "label": "int8-rows", "kv_layout": "int8"}
+    usual = [{**one, "kv_layout": "fp32"} for one in ROWS[:3]]
+    labels = [point.label for point in to_points([*usual, named])]
+    assert labels == ["fp32", "int8", "int4", "int8-rows, KV int8"]
+    # A file that names no layout is read with the rows that name it.
+    with_kv = [*ROWS, row("int4, KV fp32", 0.31, kv="fp32"), exact]
+    assert [point.label for point in to_points(with_kv)][-1] == "int4-exact, KV int8"
+    assert [point.label for point in to_points([*ROWS[:3], exact])][-1] == "int4-exact"
+    other = {**exact, "model": "n"}
+    assert [point.label for point in to_points([*with_kv[:-1], other])][-1] == "int4-exact"
+
+
+def timed(label, **rates):
+    by_depth = {depth.removeprefix("at"): {"median": rate} for depth, rate in rates.items()}
+    return row(label, 0.1, decode_by_depth=by_depth)
+
+
+def test_speeds_are_those_of_the_largest_depth_that_all_have():
+    points = to_points([timed("int4", at64=9, at1024=8), timed("int8", at64=7, at1024=6, at4096=5)])
+    assert common_depth(points) == "1024"
+    assert [point.tok_s["1024"] for point in points] == [8, 6]
+    assert common_depth(to_points([timed("int4", at64=9), timed("int8", at1024=7)])) is None
+    assert common_depth(to_points([row("int4", 0.1), timed("int8", at1024=7)])) is None
+    assert common_depth(to_points([row("int4", 0.1)])) == ""
+    assert common_depth([]) is None
+
+
+def test_weights_are_shared_or_not():
+    assert shared_weights(to_points(ROWS)) == "int4"
+    assert shared_weights(to_points([*ROWS, row("int8, KV int8", 0.1, kv="int8")])) is None
+    assert shared_weights(to_points(ROWS[:3])) is None
+
+
+def drawn_texts(monkeypatch, rows, path):
+    """Labels of the axes, texts within them, and words of the legend of a picture."""
+    from matplotlib.figure import Figure
+
+    texts = []
+    save = Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        for axes in self.axes:
+            texts.append(axes.get_xlabel())
+            texts.extend(text.get_text() for text in axes.texts)
+        texts.extend(text.get_text() for legend in self.legends for text in legend.get_texts())
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    write_quality_plot(rows, path)
+    return texts
+
+
+def test_the_picture_says_depth_layouts_and_weights(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rows = [{**timed(one["label"], at64=9, at1024=8), **{k: v for k, v in one.items()
+             if k != "decode_tok_s"}} for one in ROWS]  # fmt: skip
+    texts = drawn_texts(monkeypatch, rows, tmp_path / "a.png")
+    assert "decoding at depth 1,024, tokens per second" in texts
+    assert {"KV cache (int4 weights)", "skipped feed-forward blocks (int4 weights)"} <= set(texts)
+    mixed = [*rows, {**timed("int8, KV int8", at64=5), "kv": "int8"}]
+    texts = drawn_texts(monkeypatch, mixed, tmp_path / "b.png")
+    assert "decoding at depth 64, tokens per second" in texts
+    assert "KV cache" in texts and "int8, KV int8" in texts
+    texts = drawn_texts(monkeypatch, [*rows, timed("int8", at7=1)], tmp_path / "c.png")
+    assert "speeds were measured at different depths" in texts
+    assert "decoding, tokens per second" in drawn_texts(monkeypatch, ROWS, tmp_path / "d.png")
 
 
 def test_our_own_rows_of_bench_quality_are_left_out():
@@ -116,6 +187,10 @@ def test_no_label_covers_another_or_a_point(tmp_path, monkeypatch):
             texts = [text.get_window_extent(renderer) for text in axes.texts]
             marks = [line.get_transform().transform(line.get_xydata()) for line in axes.lines
                      if line.get_marker() not in ("None", None, "")]  # fmt: skip
+            places = [axes.transData.transform((line.get_xdata()[0], 1))[0] for line in axes.lines
+                      if line.get_linestyle() == "--"]  # fmt: skip
+            assert len(places) == 1, "the reference"
+            assert not any(text.x0 < places[0] < text.x1 for text in texts)
             seen.append((texts, [mark for group in marks for mark in group]))
         save(self, *args, **kwargs)
 

@@ -3,20 +3,22 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from tiny import edit_manifest, tiny_bundle
 
 from forerun.errors import BundleError, OptionError
-from forerun.quant.corpus import Piece
+from forerun.quant.corpus import CORPUS, Piece, corpus_text, load_tokenizer
 from forerun.quant.evaluate import Judged, Plan, contexts_within, evaluate, evaluate_all
 from forerun.quant.measure_agreement import agreement
 from forerun.quant.measure_divergence import Stream, compare, log_softmax
 from forerun.quant.measure_open import label, open_judged, weight_bytes
-from forerun.quant.measure_speed import MeasureError, measure_speed
-from forerun.quant.quantize import quantize
-from forerun.runtime.manifest import load_manifest
+from forerun.quant.measure_speed import MeasureError, _request, depths_of, measure_speed
+from forerun.quant.quantize import Wish, quantize
+from forerun.quant.skip_graph import skipping_lowering, with_skipping
+from forerun.runtime.manifest import SkipLevel, Skipping, load_manifest, seal
 from forerun.runtime.runner import Runner
 
 SHORT = Plan(contexts=(64,), tokens=384, prompts=3, pairs=2, rounds=0)
@@ -214,10 +216,57 @@ def test_speed_and_memory_are_measured_in_a_process_of_its_own(bundle):
 
 
 def test_a_process_that_fails_is_told(bundle, tmp_path):
-    with pytest.raises(MeasureError, match=r"failed: .*manifest"):
-        measure_speed([Judged(tmp_path)], 1)
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    (folder / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(MeasureError, match=r"failed: .*model\.onnx"):
+        measure_speed([Judged(folder)], 1)
 
 
 def test_speed_is_measured_at_the_depths_that_were_asked_for(bundle):
     (found,) = measure_speed([Judged(bundle, threads=1)], 1, depths=(8, 40))
     assert set(found["decode_by_depth"]) == {"8", "40"}
+    assert found["decode_depth"] == 40 and found["ffn_skipped"] == 0
+    assert found["decode_tok_s"] == found["decode_by_depth"]["40"]
+
+
+def test_depths_of_speed_that_do_not_fit_are_refused_before_any_compute(bundle, monkeypatch):
+    monkeypatch.setattr(Runner, "__init__", lambda *a, **k: pytest.fail("a model was opened"))
+    for depths in ((64, 205), (0,)):
+        plan = dataclasses.replace(SHORT, rounds=1, speed_depths=depths)
+        with pytest.raises(OptionError, match=r"must be in 1\.\.204 for fp32, .*; got"):
+            evaluate(bundle, plan=plan)
+
+
+def test_depths_of_speed_that_nobody_asked_for_are_left_out(bundle):
+    manifest = load_manifest(bundle)
+    assert depths_of(Judged(bundle), manifest, None) == (64,)
+    assert depths_of(Judged(bundle), manifest, (204, 8)) == (8, 204)
+    assert depths_of(Judged(bundle, window=64), manifest, None) == (64,)
+    short = dataclasses.replace(manifest, kv=dataclasses.replace(manifest.kv, capacity=60))
+    assert depths_of(Judged(bundle), short, None) == (8,)
+    none = dataclasses.replace(manifest, kv=dataclasses.replace(manifest.kv, capacity=52))
+    with pytest.raises(OptionError, match="holds 52 tokens, and speed is timed over 52"):
+        depths_of(Judged(bundle), none, None)
+
+
+def test_speed_with_skipping_is_that_of_real_text_and_tells_the_share(tmp_path):
+    changes = {"layers": 4, "layer_window": (False,) * 4}
+    manifest, folder = tiny_bundle("llama", tmp_path, capacity=256, **changes)
+    with_skipping(folder, "model.onnx")
+    form = skipping_lowering(manifest.lowerings["cpu"], 4)
+    how = Skipping(1, 3, (0.0,) * 4, (1, 2), (SkipLevel(0.25, -1.0, 1),), 4, 0.25)
+    kept = {"cpu": form}
+    seal(folder, dataclasses.replace(manifest, skipping=how, lowerings=kept))
+    judged = [Judged(folder, ffn_skip=skip, threads=1) for skip in ("0.25", "static:0.5", None)]
+    found = measure_speed(judged, 1, depths=(20,))
+    assert [one["ffn_skipped"] for one in found] == [0.25, 0.5, 0]
+    ids = _request(judged[0], load_manifest(folder), (20,))["ids"]
+    prose = load_tokenizer(manifest, folder).encode(corpus_text(CORPUS[0])[:400]).ids
+    assert ids == prose[:20]
+
+
+def test_rows_name_the_layout_that_ran(bundle, tmp_path):
+    quantize(bundle, tmp_path / "q", weights=Wish("fp32", "int8"))
+    plan = dataclasses.replace(SHORT, prompts=0, pairs=0)
+    rows = evaluate_all([Judged(tmp_path / "q"), Judged(tmp_path / "q", kv="int4")], plan=plan)
+    assert [(row["kv"], row["kv_layout"]) for row in rows] == [(None, "int8"), ("int4", "int4")]

@@ -1,17 +1,19 @@
 """The gate: every limit is kept or refuses, and a refusal tells all figures."""
 
+import dataclasses
 import math
 
 import pytest
 from tiny import tiny_bundle
 
 from forerun.errors import ExportMismatch, OptionError
+from forerun.export.card import write_card
 from forerun.quant.gate import (
     Limits,
     QualityMismatch,
-    check_quality,
     gate_rows,
     keep_limits,
+    keep_skipping,
     measure_gate,
 )
 from forerun.quant.measure_divergence import Divergence
@@ -67,10 +69,17 @@ def test_what_is_not_a_number_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kl_mean": 0}, {"kl_mean": -1}, {"kl_mean": 1, "top1": 1.5}, {"kl_mean": math.nan}]
+    "wrong",
+    [
+        {"kl_mean": 0},
+        {"kl_mean": -1},
+        {"kl_mean": 1, "top1": 1.5},
+        {"kl_mean": math.nan},
+        {"kl_mean": None, "top1": math.nan},
+    ],
 )
 def test_limits_that_make_no_sense(wrong):
-    with pytest.raises(OptionError, match="limit"):
+    with pytest.raises(OptionError, match=r"the limit .* must be .*, got .*; leave it out"):
         Limits(**wrong)
 
 
@@ -82,15 +91,35 @@ def pair(tmp_path_factory):
     return folder / "int8", source
 
 
-def test_check_quality_is_the_same_every_time(pair):
+def test_the_measure_is_the_same_every_time(pair):
     small, source = pair
-    given = load_manifest(small), small, load_manifest(source), source
-    check = check_quality(*given, 0.5)
-    assert check == check_quality(*given, Limits(0.5, top1=0.5))
-    assert (check.metric, check.bound) == ("kl_mean", 0.5)
+    given = Judged(small), load_manifest(small), Judged(source), load_manifest(source)
+    first, again = measure_gate(*given), measure_gate(*given)
+    assert first == again
+    (check,) = keep_limits(first, Limits(0.5))
     assert 0 < check.value == load_manifest(small).checks[-1].value
     with pytest.raises(QualityMismatch):
-        check_quality(*given, Limits(0.5, kl_p99=1e-9))
+        keep_limits(first, Limits(0.5, kl_p99=1e-9))
+
+
+def test_checks_name_the_cache_that_ran(pair):
+    small = load_manifest(pair[0])
+    assert small.checks[-1].against == "float32 bundle (this one with KV fp32)"
+    (check,) = keep_limits(MEASURED, Limits(1.0), small)
+    assert check.against == small.checks[-1].against
+
+
+def test_without_levels_nothing_is_skipped_by_default(pair):
+    manifest = load_manifest(pair[0])
+    source = Judged(pair[1]), load_manifest(pair[1])
+    assert keep_skipping(pair[0], manifest, *source, Limits(1.0)) == (0.0, ())
+
+
+def test_the_card_says_which_side_of_a_limit_is_good(tmp_path, pair):
+    checks = keep_limits(MEASURED, Limits(0.25, top1=0.7))
+    write_card(tmp_path, dataclasses.replace(load_manifest(pair[0]), checks=checks))
+    card = (tmp_path / "README.md").read_text()
+    assert "| kl_mean | 0.2 | <= 0.25 |" in card and "| top1_agreement | 0.8 | >= 0.7 |" in card
 
 
 def test_a_bundle_is_as_good_as_itself(pair):

@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from tiny import tiny_bundle
 
-from forerun.errors import OptionError, SourceError
+from forerun.errors import OptionError, SourceError, UnsupportedError
+from forerun.export.graph import EMBEDDING
+from forerun.quant import weights as module
+from forerun.quant.affine import quantize_affine
+from forerun.quant.calibration import calibration_pieces, input_moments, read_logits
 from forerun.quant.float_weights import FloatWeights
 from forerun.quant.formats import FORMATS, PLAIN_FORMATS
 from forerun.quant.methods import METHODS, unpack
@@ -116,7 +120,6 @@ def test_formats_run_and_smoothing_changes_only_the_rounding(name, bundle, tmp_p
 
 
 def test_smoothing_is_no_change_before_rounding(bundle, tmp_path):
-    from forerun.quant.calibration import calibration_pieces, input_moments
     from forerun.quant.smooth import smooth_factors
 
     plain, folder = bundle
@@ -162,7 +165,6 @@ def test_numbers_that_are_none_are_named(bad, tmp_path):
 
 @pytest.mark.parametrize("name", ["int4", "int4-exact"])
 def test_only_a_shared_table_is_rounded_for_the_head(name, bundle, tmp_path):
-    from forerun.export.graph import EMBEDDING
     from forerun.export.training.weights import BundleWeights
 
     store(bundle, FORMATS[name], tmp_path / "q")
@@ -172,3 +174,89 @@ def test_only_a_shared_table_is_rounded_for_the_head(name, bundle, tmp_path):
     nearest = unpack(METHODS["least4"].pack(table, None))
     same = np.allclose(BundleWeights(tmp_path / "q").embedding(), nearest, atol=1e-6)
     assert same == (name == "int4-exact")
+
+
+def rewritten(folder, name, change):
+    """Change a matrix of a bundle's weights file in place."""
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    offset = int(next(e.value for e in tensor.external_data if e.key == "offset"))
+    values = np.memmap(folder / "weights.bin", np.float32, "r+", offset, tuple(tensor.dims))
+    values[...] = change(np.array(values))
+    values.flush()
+
+
+def test_a_matrix_is_calibrated_if_any_of_its_blocks_is_new(tmp_path, monkeypatch):
+    """Its first rows may be of 4-bit blocks and others not."""
+    monkeypatch.setattr(module, "_GRID_ROWS", 40)
+    manifest, folder = tiny_bundle("llama", tmp_path, capacity=64)
+
+    def on_grid(count):
+        def change(weight):
+            rows = np.ascontiguousarray(weight.T)
+            rows[:count] = unpack(quantize_affine(rows[:count]).blocks)
+            return rows.T
+
+        return change
+
+    rewritten(folder, "qkv.0", on_grid(None))
+    rewritten(folder, "qkv.1", on_grid(70))
+    kept = WeightStore(manifest, folder, FORMATS["int4"], lambda *a: None)
+    assert not kept._is_calibrated("qkv.0")
+    assert kept._is_calibrated("qkv.1") and kept._is_calibrated("qkv.2")
+
+
+def test_weights_that_no_product_reads_need_no_calibration(bundle):
+    plain, folder = bundle
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    pieces = calibration_pieces(plain, folder)
+    assert input_moments(model, plain, folder, pieces, only=set()) == {}
+    assert input_moments(model, plain, folder, pieces, only={"absent"}) == {}
+
+
+def test_a_budget_for_exact_rows_counts_the_head_once(tmp_path):
+    """With a head of its own, the table has no copy in rows."""
+    least = {}
+    for tied in (True, False):
+        made = tiny_bundle("llama", tmp_path / str(tied), capacity=64, tied=tied, vocab=8000)
+        _, small = store(made, FORMATS["int4-exact"], tmp_path / f"small-{tied}")
+        with pytest.raises(OptionError) as caught:
+            store(made, FORMATS["int4-exact"], tmp_path / f"none-{tied}", 1000)
+        least[tied] = float(str(caught.value).split("works is ")[1].split(" MB")[0])
+        assert small <= least[tied] * 1e6
+    assert least[True] == least[False]
+
+
+def test_a_table_beside_exact_rows_is_judged_as_the_embedding_alone(bundle, tmp_path, monkeypatch):
+    """The head is made from the float32 table, so rounding the table does not touch it."""
+    seen = []
+    measure = module.measure_harm
+    monkeypatch.setattr(module, "measure_harm", lambda *a: (seen.append(a[0]), measure(*a))[1])
+    for name in ("int4-exact", "int4"):
+        store(bundle, FORMATS[name], tmp_path / name, 10**7)
+    readers = [{n.op_type for n in model.graph.node if EMBEDDING in n.input} for model, *_ in seen]
+    assert readers == [{"Gather"}, {"Gather", "FusedMatMul"}]
+    pieces = calibration_pieces(*bundle)[:1]
+    same = [next(read_logits(*source, pieces)) for source in seen]
+    np.testing.assert_array_equal(*same)
+
+
+def test_too_small_a_budget_is_refused_before_anything_is_measured(bundle, tmp_path, monkeypatch):
+    for name in ("input_moments", "measure_harm"):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("this takes minutes"))
+    with pytest.raises(OptionError, match=r"smallest that works is .* MB; give that or more"):
+        store(bundle, FORMATS["int4"], tmp_path / "q", 1000)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if n != "int8-rows"])
+def test_a_width_that_blocks_do_not_divide_is_named(name, tmp_path):
+    made = tiny_bundle("llama", tmp_path, capacity=64, ffn=80)
+    with pytest.raises(UnsupportedError, match=r"'down\.0' is 80 wide.* 32 do not divide"):
+        WeightStore(*made, FORMATS[name], lambda *a: None)
+    assert WeightStore(*made, FORMATS["int8-rows"], lambda *a: None)
+
+
+def test_a_table_that_blocks_do_not_divide_is_named(tmp_path):
+    made = tiny_bundle("llama", tmp_path, capacity=64, tied=False, hidden=80)
+    with pytest.raises(UnsupportedError, match=r"is 80 wide"):
+        WeightStore(*made, FORMATS["int8-rows"], lambda *a: None)

@@ -58,11 +58,6 @@ def test_the_plan_is_told():
     assert plan.text == "KV cache: 4-bit, 1,440 tokens in 8.3 MB (5,760 bytes a token)"
 
 
-def test_a_reserve_is_kept():
-    plain, less = plan_capacity(WIDE, 10**8), plan_capacity(WIDE, 10**8, reserve=10**7)
-    assert less.capacity < plain.capacity
-
-
 def test_a_shorter_cache_computes_the_same(tmp_path):
     manifest, folder = tiny_bundle("llama", tmp_path, capacity=128)
     short = with_capacity(manifest, 70)
@@ -83,7 +78,7 @@ def test_a_shorter_cache_computes_the_same(tmp_path):
 
 def test_forms_of_a_fixed_length(tmp_path):
     manifest, _ = tiny_bundle("llama", tmp_path, capacity=128)
-    with pytest.raises(OptionError, match="webgpu has 128"):
+    with pytest.raises(OptionError, match="on webgpu has 128 tokens and no other size"):
         with_capacity(manifest, 70, "webgpu")
     assert with_capacity(manifest, 128, "webgpu") == manifest
     old = dataclasses.replace(manifest, lowerings={"cpu": manifest.lowerings["webgpu"]})

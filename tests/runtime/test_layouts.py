@@ -1,6 +1,7 @@
 """Which layouts there are, and the choice of one of a bundle's."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from tiny import tiny_bundle
@@ -11,10 +12,13 @@ from forerun.runtime.layouts import (
     check_layouts,
     choose_layout,
     layout_name,
+    layout_on,
     layouts_of,
     lowering_of,
 )
 from forerun.runtime.manifest import KVLayout
+from forerun.runtime.open import open_runner
+from forerun.runtime.probe import best_threads
 
 PLAIN = KVLayout(3, 2, 16, 64)
 
@@ -101,3 +105,34 @@ def test_wrong_names_list_the_right_ones(manifest):
         choose_layout(manifest, "int5")
     with pytest.raises(OptionError, match="forerun quantize --kv int8"):
         choose_layout(manifest, "int8")
+    # There is no option that makes one, for it comes by itself.
+    with pytest.raises(OptionError, match="`forerun quantize` of a float32 bundle adds it"):
+        choose_layout(manifest, "gear-kivi")
+    with pytest.raises(OptionError, match=r"webgpu runs .* fp32 alone, not int5; there are fp32"):
+        choose_layout(manifest, "int5", "webgpu")
+
+
+def test_a_form_says_itself_which_layout_it_runs(manifest):
+    assert layout_on(manifest, "webgpu") == manifest.kv == layout_on(manifest, "nothing")
+    eight = dataclasses.replace(manifest.kv, dtype="int8", bits=8, group=4)
+    of_cpu = dataclasses.replace(manifest, kv=eight)
+    assert layout_on(of_cpu, "webgpu") == manifest.kv
+    odd = dataclasses.replace(manifest.lowerings["webgpu"].inputs["past_key.0"], dtype="bfloat16")
+    form = dataclasses.replace(manifest.lowerings["webgpu"], inputs={"past_key.0": odd})
+    forms = manifest.lowerings | {"webgpu": form}
+    with pytest.raises(BundleError, match=r"'webgpu' is bfloat16.* update forerun"):
+        layout_on(dataclasses.replace(manifest, lowerings=forms), "webgpu")
+
+
+def test_a_layout_that_only_a_device_has_runs_there_alone(manifest):
+    eight = dataclasses.replace(manifest.kv, dtype="int8", bits=8)
+    made = dataclasses.replace(manifest, kv=eight, kv_layouts={})
+    view = choose_layout(made, "fp32", "webgpu")
+    assert view.kv == manifest.kv and set(view.lowerings) == {
+        "webgpu",
+        "webgpu-move",
+        "webgpu-tree",
+    }
+    with pytest.raises(OptionError, match="allow_fallback needs a graph for the cpu"):
+        open_runner(view, Path(), device="webgpu", allow_fallback=True)
+    assert best_threads(view) is None

@@ -33,6 +33,107 @@ EDITS = {
 }
 
 
+SKIPPING = {
+    "first": 1,
+    "stop": 3,
+    "cosine": [0.9, 0.9, 0.9],
+    "order": [2, 1],
+    "levels": [{"ratio": 0.1, "tau": 0.9, "run": 1}, {"ratio": 0.3, "tau": 0.5, "run": 2}],
+    "warmup": 4,
+    "default": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"first": -1}, "skipping has layers -1"),
+        ({"first": 3}, "skipping has layers 3 to 3"),
+        ({"stop": 4}, "skipping has layers 1 to 4"),
+        ({"order": [1]}, "skipping.order"),
+        ({"order": [1, 2, 2]}, "skipping.order"),
+        ({"order": [1, 99]}, "skipping.order"),
+        ({"cosine": [0.9, 0.9]}, "skipping.cosine"),
+        ({"cosine": [0.9, 0.9, float("nan")]}, "skipping.cosine"),
+        ({"cosine": [0.9, 0.9, 2]}, "skipping.cosine"),
+        ({"levels": [{"ratio": 0.0, "tau": 0.9, "run": 1}]}, "skipping.levels"),
+        ({"levels": [{"ratio": 1.5, "tau": 0.9, "run": 1}]}, "skipping.levels"),
+        ({"levels": [{"ratio": 0.1, "tau": float("inf"), "run": 1}]}, "skipping.levels"),
+        ({"levels": [{"ratio": 0.1, "tau": 0.9, "run": 0}]}, "skipping.levels"),
+        ({"levels": SKIPPING["levels"][::-1]}, "skipping.levels"),
+        ({"warmup": -1}, "skipping.warmup"),
+        ({"default": 0.05}, "skipping.default"),
+        ({"default": float("nan")}, "skipping.default"),
+        ({"default": 0.1, "levels": []}, "skipping.default"),
+    ],
+)
+def test_what_cannot_be_said_about_skipping(change, where, folder):
+    edit_manifest(folder, lambda m: m.update(skipping=SKIPPING))
+    assert load_manifest(folder).skipping.order == (2, 1)
+    edit_manifest(folder, lambda m: m["skipping"].update(change))
+    with pytest.raises(BundleError, match=where):
+        load_manifest(folder)
+
+
+HALF = [1.0, *[0.1] * 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"frequencies": []}, "rotary.frequencies"),
+        ({"frequencies": [HALF] * 4}, "rotary.frequencies"),
+        ({"frequencies": [HALF[:-1]]}, "rotary.frequencies"),
+        ({"frequencies": [[float("nan"), *HALF[1:]]]}, "rotary.frequencies"),
+        ({"frequencies": [[1e9, *HALF[1:]]]}, "rotary.frequencies"),
+        ({"layers": [0, 0]}, "rotary.layers"),
+        ({"layers": [0, 0, 1]}, "rotary.layers"),
+        ({"layers": [0, 0, -1]}, "rotary.layers"),
+    ],
+)
+def test_rotations_that_cannot_be(change, where, folder):
+    edit_manifest(folder, lambda m: m["rotary"].update(change))
+    with pytest.raises(BundleError, match=where):
+        load_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"heads": 1 << 20}, "within reason"),
+        ({"overhead": -1}, "within reason"),
+        ({"buffer": -1}, "within reason"),
+        ({"heads": 3}, r"kv_layouts.fp16 has other sizes than kv"),
+        ({"capacity": 64}, r"kv_layouts.fp16 has other sizes than kv"),
+        ({"rank": 17}, r"kv_layouts.fp16.rank"),
+        ({"outliers": float("nan")}, r"kv_layouts.fp16.outliers"),
+        ({"outliers": 0.9}, r"kv_layouts.fp16.outliers"),
+        ({"dtype": "float8"}, "update forerun"),
+        ({"kind": "gear-kivi", "bits": 4}, "in chunks of 0 tokens is unknown"),
+        ({"kind": "gear-kivi", "bits": 4, "group": 64}, "a rank from 1"),
+        ({"kind": "gear-other"}, "is unknown"),
+    ],
+)
+def test_layouts_that_cannot_be(change, where, folder):
+    def add(data):
+        data["kv_layouts"] = {"fp16": data["kv"] | {"dtype": "float16", "bits": 16} | change}
+        data["lowerings"]["cpu+fp16"] = data["lowerings"]["cpu"]
+
+    edit_manifest(folder, add)
+    with pytest.raises(BundleError, match=where):
+        load_manifest(folder)
+
+
+def test_a_layout_stands_in_a_manifest_once(folder):
+    def add(data):
+        data["kv_layouts"] = {"fp32": data["kv"]}
+        data["lowerings"]["cpu+fp32"] = data["lowerings"]["cpu"]
+
+    edit_manifest(folder, add)
+    with pytest.raises(BundleError, match="'fp32' is there twice"):
+        load_manifest(folder)
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_bad_manifest(name, folder):
     change, message = EDITS[name]

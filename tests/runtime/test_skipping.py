@@ -15,7 +15,15 @@ from forerun.errors import OptionError
 from forerun.quant.skip_graph import skipping_lowering, with_skipping
 from forerun.runtime.manifest import SkipLevel, Skipping
 from forerun.runtime.runner import Runner
-from forerun.runtime.skipping import FfnGate, Fixed, Schedule, Skip, nearest_level, parse_skipping
+from forerun.runtime.skipping import (
+    FfnGate,
+    Fixed,
+    Schedule,
+    Skip,
+    level_within,
+    parse_skipping,
+    read_skipping,
+)
 
 LAYERS = 10
 FOUND = Skipping(
@@ -35,7 +43,7 @@ def manifest(found=FOUND, layers=LAYERS):
     return dataclasses.replace(made, model=sizes, skipping=found)
 
 
-@pytest.mark.parametrize("text", ["off", "0", "static:0", "decode:0", " OFF "])
+@pytest.mark.parametrize("text", ["off", "0", "static:0", "decode:0", " OFF ", "0.0", "decode:0:9"])
 def test_nothing_is_skipped_when_nothing_is_asked_for(text):
     assert parse_skipping(text, manifest()) is None
 
@@ -47,8 +55,13 @@ def test_a_share_is_the_adaptive_rule():
         assert [rule.choose(step) for step in range(3)] == [None] * 3
         skip = rule.choose(3)
         assert (skip.tau, skip.run, skip.flags.all()) == (0.95, 1, True)
-    assert parse_skipping("0.33", manifest()).name == "adaptive:0.4"
-    assert nearest_level(FOUND, 0.12).ratio == 0.1
+    assert parse_skipping("0.39", manifest()).name == "adaptive:0.2", "never more than was asked"
+    assert [level_within(FOUND, share).ratio for share in (0.1, 0.12, 0.4, 1.0)] == [
+        0.1,
+        0.1,
+        0.4,
+        0.4,
+    ]
     none = dataclasses.replace(FOUND, default=0.0)
     assert parse_skipping("default", manifest(none)) is None
 
@@ -94,7 +107,14 @@ def test_the_budget_falls_linearly(most, span, warmup):
         ("much", "adaptive:0.25"),
         ("static", "static:0.25"),
         ("static:0.2:9", "static:0.25"),
+        ("0.05", "skips 0.1 of its feed-forward blocks or more .*got 0.05"),
+        ("static:0.09", "less than one; give at least 0.1,"),
+        ("decode:0.09", "less than one"),
         ("decode:0.2:0", "whole number"),
+        ("decode:0.2:inf", "whole number"),
+        ("decode:0.2:nan", "whole number"),
+        ("decode:0.2:1e9", "whole number"),
+        ("static:inf", "in 0..1"),
         ("decode:0.2:2.5", "whole number"),
         ("decode:0.2:x", "decode:0.25:256"),
         ("", "static:0.25"),
@@ -106,9 +126,17 @@ def test_bad_wishes_say_what_is_possible(text, words):
 
 
 def test_a_bundle_that_cannot_skip_says_how_to_get_one():
-    with pytest.raises(OptionError, match="--skipping"):
+    with pytest.raises(OptionError, match="quantize its float32 bundle with --skipping"):
         parse_skipping("0.2", manifest(None))
     assert parse_skipping("off", manifest(None)) is None
+    with pytest.raises(OptionError, match="is not known"):
+        parse_skipping("much", manifest(None))
+
+
+@pytest.mark.parametrize("value", [0.25, None, b"off"])
+def test_what_is_no_text_is_refused_by_its_type(value):
+    with pytest.raises(OptionError, match=f"of the type {type(value).__name__}"):
+        read_skipping(value)
 
 
 def test_a_gate_is_set_in_place_and_opened_again():

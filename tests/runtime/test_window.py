@@ -55,7 +55,7 @@ def test_moved_keys_are_those_of_their_new_places(seed, steps):
     plain = {role: [] for role in arena.arrays}
     kept = []
     for count in steps:
-        arena.check_room(count)
+        arena.make_room(count)
         used = arena.used
         kept = kept[:SINKS] + kept[len(kept) - (used - SINKS) :] if used > SINKS else kept[:used]
         assert arena.position == used == len(kept)
@@ -133,8 +133,49 @@ def test_a_cache_in_float16_moves_too(shallow):
     arena = open_window(dataclasses.replace(shallow[0], kv=layout), ROWS)
     arena.arrays["key.0"][...] = 1
     arena.length = ROWS
-    arena.check_room(1)
+    arena.make_room(1)
     assert arena.evicted == 4 and arena.arrays["key.0"].dtype == np.float16
+
+
+class Stop(BaseException):
+    """As an interrupt from the keyboard."""
+
+
+def test_an_interrupt_while_rows_move_leaves_an_empty_cache(shallow, monkeypatch):
+    runner = windowed(*shallow)
+    runner.step([1, 2, 3, 4, 5])
+    for token in range(31):
+        runner.step([token])
+    with monkeypatch.context() as broken:
+        broken.setattr("forerun.runtime.window._turned_back", stopped)
+        with pytest.raises(Stop):
+            runner.step([9])
+    arena = runner.arena
+    assert (arena.length, arena.evicted, arena.used, arena.position) == (0, 0, 0, 0)
+    again = runner.step([1, 2, 3]).copy()
+    np.testing.assert_array_equal(again, windowed(*shallow).step([1, 2, 3]))
+
+
+def stopped(*_):
+    raise Stop
+
+
+def test_a_step_that_is_refused_evicts_nothing(shallow):
+    runner = windowed(*shallow)
+    for token in range(ROWS):
+        runner.step([token])
+    for wrong in ({"want": [7]}, {"parents": [3]}):
+        with pytest.raises(OptionError):
+            runner.step([1], **wrong)
+    assert runner.arena.evicted == 0
+
+
+def test_what_can_be_given_back_is_known(deep):
+    arena = windowed(*deep).arena
+    assert arena.is_endless and arena.restorable(20) == 20
+    arena.pretend(100)
+    assert (arena.length, arena.evicted, arena.used) == (100, 64, 36)
+    assert [arena.restorable(length) for length in (0, 67, 68, 90)] == [0, 0, 68, 90]
 
 
 def test_what_a_window_cannot_do(deep):
@@ -143,11 +184,11 @@ def test_what_a_window_cannot_do(deep):
         with pytest.raises(OptionError, match="36 to 128 rows"):
             open_window(manifest, rows)
     eight = dataclasses.replace(manifest.kv, dtype="int8", bits=8)
-    with pytest.raises(OptionError, match="fp32 or fp16"):
+    with pytest.raises(OptionError, match=r"fp32 or fp16.* a bundle that has one"):
         open_window(dataclasses.replace(manifest, kv=eight), ROWS)
     arena = open_window(manifest, ROWS)
     with pytest.raises(ContextLimitError, match="9 rows"):
-        arena.check_room(9)
+        arena.make_room(9)
     with pytest.raises(OptionError, match="drafting"):
         arena.commit([0])
     edit_manifest(folder, lambda data: data.update(rotary=None))

@@ -99,9 +99,14 @@ class Clock:
         self.now, self.seconds, self.ran = 0.0, seconds, []
         self.arena = SimpleNamespace(length=0, capacity=capacity, arrays={})
         self.arena.rewind = lambda length: setattr(self.arena, "length", length)
+        self.arena.pretend = self.arena.rewind
         model = SimpleNamespace(vocab=100)
         self.manifest = SimpleNamespace(
-            name="m", lowerings={}, model=model, files={"model.onnx": FileEntry(1, "a")}
+            name="m",
+            lowerings={},
+            model=model,
+            kv=SimpleNamespace(capacity=capacity),
+            files={"model.onnx": FileEntry(1, "a")},
         )
         monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
 
@@ -192,6 +197,10 @@ def test_costs_are_remembered_by_machine_bundle_device_and_threads(tmp_path, mon
     assert remembered_costs(key, tmp_path) == TABLE
     for device, threads in (("webgpu", 2), ("cpu", 1)):
         assert remembered_costs(costs_key(runner.manifest, device, threads), tmp_path) is None
+    runner.manifest.kv.capacity = 100
+    assert remembered_costs(costs_key(runner.manifest, "cpu", 2), tmp_path) is None
+    runner.manifest.kv.capacity = 2048
+    assert costs_key(runner.manifest, "cpu", 2) == key
     runner.manifest.files = {"model.onnx": FileEntry(1, "b")}
     assert remembered_costs(costs_key(runner.manifest, "cpu", 2), tmp_path) is None
     monkeypatch.setattr("forerun.devices.remember.cpu_name", lambda: "another processor")

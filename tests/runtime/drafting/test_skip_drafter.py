@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from tiny import tiny_bundle
 
 from forerun.errors import UnsupportedError
+from forerun.quant.gear import with_gear
 from forerun.quant.skip_graph import skipping_lowering, with_skipping
 from forerun.runtime.drafting.accept import MatchWalk
+from forerun.runtime.drafting.choice import Drafters, Means
 from forerun.runtime.drafting.fixed import FixedPolicy
 from forerun.runtime.drafting.rounds import DraftRounds
 from forerun.runtime.drafting.skip import SkipDrafter, draft_rule, open_skip
+from forerun.runtime.gear.runner import GearRunner
+from forerun.runtime.layouts import choose_layout
 from forerun.runtime.manifest import SkipLevel, Skipping
 from forerun.runtime.prefix import PrefixCache
 from forerun.runtime.runner import Runner
@@ -133,12 +137,36 @@ def test_it_opens_only_where_it_can_work(runner):
     assert np.flatnonzero(~fixed.flags).tolist() == [2, 3, 4]
 
     class Other:
-        skipping = None
+        device, can_skip = "cpu", True
         manifest = dataclasses.replace(runner.manifest, skipping=None)
 
-    with pytest.raises(UnsupportedError, match="--skipping"):
+    with pytest.raises(UnsupportedError, match="quantize its float32 bundle with --skipping"):
         open_skip(Other())
-    kv = dataclasses.replace(runner.manifest.kv, kind="gear-kcvt")
-    Other.manifest = dataclasses.replace(runner.manifest, kv=kv)
-    with pytest.raises(UnsupportedError, match="gear-kcvt"):
-        open_skip(Other())
+
+
+def test_a_form_that_cannot_skip_is_refused_before_anything_is_drafted(runner, bundle):
+    manifest, folder = bundle
+    other = Runner(manifest, folder, threads=1, lowering="webgpu")
+    assert runner.can_skip and not other.can_skip
+    other.device = "webgpu"
+    with pytest.raises(UnsupportedError, match="for webgpu cannot; run it on the cpu"):
+        open_skip(other)
+
+
+@pytest.mark.parametrize("kind", ["gear-kcvt", "gear-kivi"])
+def test_a_cache_in_gears_form_is_given_back_too(tmp_path, kind):
+    """Drafts may reach over the end of a chunk, whose rows are kept until the next one ends."""
+    changes = {"layers": LAYERS, "layer_window": (False,) * LAYERS, "context": 512}
+    made, folder = tiny_bundle("llama", tmp_path, capacity=320, **changes)
+    form = skipping_lowering(made.lowerings["cpu"], with_skipping(folder, "model.onnx"))
+    forms = made.lowerings | {"cpu": form}
+    able = dataclasses.replace(made, lowerings=forms, skipping=FOUND)
+    gear = GearRunner(choose_layout(with_gear(folder, able), kind), folder, threads=1)
+    tokenizer, prompt = Tokenizer(made, folder), list(range(50))
+    options = {"max_tokens": 240, "stop_ids": ()}
+    plain = [t for t, _ in Session(gear, tokenizer).generate_ids(prompt, **options)]
+    drafters = Drafters(gear.manifest, means=lambda: Means(lambda drafter: FixedPolicy(16)))
+    session = Session(gear, tokenizer, drafters=drafters)
+    drafted = session.generate_ids(prompt, drafter=open_skip(gear), **options)
+    assert [t for t, _ in drafted] == plain
+    gear.close()

@@ -1,5 +1,6 @@
 """Measuring a model with its drafters on this machine, and placing them by that."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -200,6 +201,18 @@ def test_auto_looks_at_the_devices_that_are_here_and_that_the_bundle_has_forms_f
     assert found.target == "cpu" and tried == ["cpu", "webgpu"]
     with pytest.raises(OptionError):
         place(manifest, folder, DeviceRequest("abacus", "cpu"), threads=1)
+
+
+def test_threads_measured_for_the_default_layout_do_for_the_others(made, monkeypatch):
+    whole, folder = made
+    view = dataclasses.replace(whole, name="view")
+    best = {id(whole): 3, id(view): None}
+    monkeypatch.setattr("forerun.runtime.probe.best_threads", lambda m: best[id(m)])
+    monkeypatch.setattr(survey, "measured_target", lambda *_, **__: TABLE)
+    assert place(view, folder, CPU, drafter="none", whole=whole).threads == 3
+    best[id(view)] = 4
+    assert place(view, folder, CPU, drafter="none", whole=whole).threads == 4
+    assert place(view, folder, CPU, drafter="none", threads=1, whole=whole).threads == 1
 
 
 def test_a_device_that_was_asked_for_must_have_a_form(made):

@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 from forerun.errors import BundleError, ContextLimitError, OptionError
 from forerun.quant.gear import GEAR
+from forerun.runtime.drafting.costs import measure_costs
 from forerun.runtime.gear.layout import CHUNK
 from forerun.runtime.gear.store import MAX_PENDING
+from forerun.runtime.prefix import PrefixCache
 
 IDS = np.random.default_rng(0).integers(0, 256, 700)
 # Of logits around 3; the same sums in another order.
@@ -182,3 +184,23 @@ def test_a_lowering_that_is_not_there_and_another_device_are_refused(gear_tiny):
     _, views, bundle = gear_tiny
     with pytest.raises(BundleError, match="no lowering 'npu'"):
         GearRunner(views["gear-kivi"], bundle, lowering="npu")
+
+
+def test_a_reused_prefix_is_read_again_from_the_last_chunk_that_is_whole(pair):
+    """Else an answer would depend on what was read before it."""
+    gear, _ = pair
+    cache = PrefixCache(gear)
+    want = cache.feed([*IDS[:100].tolist(), 7]).copy()
+    assert cache.keep_common(IDS[:90].tolist()) == 89, "the rows of the newest chunk are there"
+    cache.feed(IDS[89:300].tolist())
+    assert cache.keep_common([*IDS[:100].tolist(), 7]) == CHUNK
+    assert gear.arena.length == CHUNK == len(cache.ids)
+    np.testing.assert_array_equal(cache.feed([*IDS[CHUNK:100].tolist(), 7]), want)
+
+
+def test_steps_behind_any_number_of_tokens_can_be_timed(tmp_path):
+    _, views, bundle = gear_bundle(tmp_path, capacity=1024)
+    gear = gear_runner(bundle, views["gear-kcvt"])
+    costs = measure_costs(gear, (64, 900), (1, 2))
+    assert costs.depths == (64, 900) and gear.arena.length == 0
+    gear.close()

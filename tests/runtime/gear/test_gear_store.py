@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from gear_tools import contents
@@ -26,7 +28,7 @@ def rows_of(tokens):
 
 def write(store, tokens, pending=False):
     """What a step does: settle, write behind the buffer, and commit what is no tree."""
-    store.check_room(len(tokens))
+    store.make_room(len(tokens))
     store.settle(store.length)
     begin = store.offset + store.length - store.compressed * CHUNK
     for layer in range(2):
@@ -85,6 +87,64 @@ def test_going_back_further_keeps_what_the_chunk_stood_for():
     assert (store.length, store.compressed, store.offset) == (0, 0, 0)
 
 
+def test_it_is_known_what_going_back_loses():
+    store = arena()
+    write(store, range(200))
+    store.settle(store.length)
+    found = {length: store.restorable(length) for length in (200, 192, 191, 130, 128, 100, 64, 9)}
+    assert found == {200: 200, 192: 192, 191: 191, 130: 130, 128: 128, 100: 64, 64: 64, 9: 0}
+    store.rewind(store.restorable(100))
+    check(store, range(64), CHUNK)
+    assert not store.is_endless and store.most_rows == 330
+
+
+class Stop(BaseException):
+    """As an interrupt from the keyboard."""
+
+
+@pytest.mark.parametrize("move", ["drop", "restore"])
+def test_an_interrupt_while_rows_move_leaves_an_empty_cache(move, monkeypatch):
+    store = arena()
+    for start in range(0, 192 if move == "restore" else 128, CHUNK):
+        write(store, range(start, start + CHUNK))
+    store.rows = Breaking(store.rows, after=2)
+    with pytest.raises(Stop), store.guarded():
+        store.settle(store.length) if move == "drop" else store.rewind(40)
+    assert (store.length, store.compressed, store.offset, store.pending) == (0, 0, 0, 0)
+    store.rows = dict(store.rows)
+    write(store, range(100))
+    check(store, range(100), CHUNK)
+
+
+class Breaking(dict):
+    """Rows of which only a few can be reached."""
+
+    def __init__(self, rows, after):
+        super().__init__(rows)
+        self.after = after
+
+    def values(self):
+        for number, array in enumerate(super().values()):
+            if number == self.after:
+                raise Stop
+            yield array
+
+    def __getitem__(self, role):
+        self.after -= 1
+        if self.after < 0:
+            raise Stop
+        return super().__getitem__(role)
+
+
+def test_zeros_can_stand_for_any_length():
+    store = GearArena(gear_layout(dataclasses.replace(DENSE, capacity=2000), "gear-kivi", rank=1))
+    store.pretend(1900)
+    assert (store.length, store.compressed) == (1900, 29)
+    assert not contents(store)["key"].any()
+    store.rewind(0)
+    assert store.compressed == 0
+
+
 def test_rows_of_a_tree_are_kept_in_the_order_of_the_commit():
     store = arena()
     write(store, range(100))
@@ -119,7 +179,7 @@ def test_capacity_need_not_be_a_whole_number_of_chunks():
     for start in range(0, 330, 55):
         write(store, range(start, start + 55))
     with pytest.raises(ContextLimitError):
-        store.check_room(1)
+        store.make_room(1)
     store.settle(330)
     check(store, range(330), 5 * CHUNK)
 
