@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from forerun.runtime.manifest import Manifest
 
-RECIPE = 2
+RECIPE = 3
 
 
 def is_outdated(manifest: Manifest) -> bool:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 GEAR = tuple(SHARED_SCALES)
 RANK = 4
-OUTLIERS = 0.02
+# Twice the paper's share: with only one largest and one smallest key of a channel in 64 tokens,
+# SmolLM2-135M recalled 9 points less of what it had read than with a float32 cache.
+OUTLIERS = 0.04
 _GRAPH = "model-{}.onnx"
 
 

@@ -8,6 +8,7 @@ the text was cut into steps. All functions work on many layers at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +66,8 @@ class Chunk:
 
 
 def outlier_count(share: float, length: int) -> int:
-    """Values of a vector to keep: the even number nearest to the share, 2 or more, or none."""
-    return 2 * max(1, round(share * length / 2)) if share else 0
+    """Values of a vector to keep: the least even number that is at least the share."""
+    return 2 * math.ceil(share * length / 2)
 
 
 def index_dtype(length: int) -> str:

@@ -17,18 +17,18 @@ from forerun.quant.quantize import FORMATS, quantize
 from forerun.runtime.manifest import load_manifest
 
 # What tiny bundles of this revision look like. See `test_other_graphs_are_another_revision`.
-REVISION = 2
+REVISION = 3
 SHAPES = {
     "llama": "f42a56d7e959",
     "mistral": "a2d80902b12a",
     "qwen2": "f08eee9292e1",
     "qwen3": "db1bf9965c3d",
     "gemma3": "e30e5c63106a",
-    "int4": "070628a324b8",
-    "int4-fast": "a6b5d796c87e",
-    "int4-exact": "716b057e2c3a",
-    "int8": "3f14aebfc520",
-    "int8-rows": "75ed938a7289",
+    "int4": "f52787e5d817",
+    "int4-fast": "5daa8c7787f0",
+    "int4-exact": "f07af2857938",
+    "int8": "4df2147c5313",
+    "int8-rows": "b2c60724a899",
 }
 
 _PLAIN = (AttributeProto.INT, AttributeProto.INTS, AttributeProto.STRING)
