@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from forerun.errors import OptionError
@@ -231,11 +231,17 @@ def _measure(
         for row, stream in zip(rows, streams, strict=True):
             if other and material.prompts:
                 row["agreement_tokens"] = agreement(
-                    stream, other, material.prompts, material.limit, progress
+                    stream, _as_it_decodes(other), material.prompts, material.limit, progress
                 )
             found = recall(stream, material.recall, progress) if material.recall else None
             row.update(_recall_fields(found, truth))
     return rows, truth
+
+
+def _as_it_decodes(reference: Stream) -> Stream:
+    """A reference whose rows, many in a step, are those of decoding; float32 has them anyway."""
+    is_float = reference.runner.manifest.quantization.method == "none"
+    return reference if is_float else replace(reference, rows_per_step=1)
 
 
 def _distances(tally: Tally, plan: Plan, pieces: list[Any]) -> dict[str, Any]:

@@ -95,6 +95,16 @@ SpeedDepths = Annotated[
         help="Cached tokens at which decoding is timed.",
     ),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        "--rounds",
+        min=0,
+        max=100,
+        show_default="2, with --quick 1",
+        help="Processes by turns for speed and memory; 0 leaves both out.",
+    ),
+]
 TextFile = Annotated[
     Path | None,
     typer.Option("--text", metavar="FILE", help="Your own UTF-8 text, not the built-in ones."),
@@ -139,6 +149,7 @@ _MEASURING = {
     "tokens": "--tokens",
     "text": "--text",
     "speed_depths": "--speed-depths",
+    "rounds": "--rounds",
     "quick": "--quick",
     "threads": "--threads",
 }
@@ -156,6 +167,7 @@ def evaluate(
     tokens: Tokens = None,
     text: TextFile = None,
     speed_depths: SpeedDepths = None,
+    rounds: Rounds = None,
     quick: Quick = False,
     threads: Threads = None,
     as_json: options.Json = False,
@@ -178,7 +190,7 @@ def evaluate(
         judged = _rows(bundles, kv, ffn_skip, window, threads)
         reference = find_bundle(against) if against else None
         plan = _plan(context, tokens, text, quick, judged, reference)
-        plan = _timed(plan, speed_depths)
+        plan = _timed(plan, speed_depths, rounds)
         with reporter() as show:
             rows += evaluate_all(judged, reference, plan=plan, progress=show)
     if plot:
@@ -202,7 +214,11 @@ def _check_given(
 
 def _check_unmeasured(given: dict[str, Any]) -> None:
     """Refuse options that say how to measure where nothing is."""
-    useless = [option for name, option in _MEASURING.items() if given[name] not in (None, False)]
+    useless = [
+        option
+        for name, option in _MEASURING.items()
+        if given[name] is not None and given[name] is not False
+    ]
     if useless:
         verb = "needs" if len(useless) == 1 else "need"
         raise OptionError(
@@ -272,9 +288,12 @@ def _plan(
     return dataclasses.replace(plan, contexts=contexts, tokens=given, text=text)
 
 
-def _timed(plan: Plan, depths: str | None) -> Plan:
+def _timed(plan: Plan, depths: str | None, rounds: int | None) -> Plan:
+    plan = plan if rounds is None else dataclasses.replace(plan, rounds=rounds)
     if depths is None:
         return plan
+    if not plan.rounds:
+        raise OptionError("--speed-depths needs --rounds of 1 or more: nothing would be timed")
     numbers = tuple(_number("--speed-depths", word) for word in _list("--speed-depths", depths))
     if min(numbers) < 1:
         raise OptionError(f"--speed-depths must be from 1 on, got {min(numbers)}")

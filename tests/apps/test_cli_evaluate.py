@@ -107,8 +107,11 @@ def test_what_is_asked_reaches_the_measurement(forerun, monkeypatch, tmp_path):
     assert judged.threads == 3 and against is None and plan.text == mine
     assert (plan.tokens, plan.contexts, plan.speed_depths) == (200, (32, 64), (8, 16))
     assert plan.prompts == evaluate.QUICK.prompts != evaluate.Plan().prompts
+    run(forerun, forerun.model, "--quick", "--rounds", "4")
+    assert seen.pop()[2].rounds == 4
     run(forerun, forerun.model)
     (judged,), _, plan = seen.pop()
+    assert plan.rounds == evaluate.Plan().rounds
     assert judged.threads is None and plan.prompts == evaluate.Plan().prompts
     assert plan.contexts == (512,), "as far as the bundle reaches"
 
@@ -121,6 +124,14 @@ def test_depths_and_tokens_are_those_that_were_asked_for(forerun):
     ]
     assert list(rows[0]["decode_by_depth"]) == ["8", "128"]
     assert rows[1]["tokens"] == 2 * rows[0]["tokens"]
+
+
+def test_without_rounds_nothing_is_timed(forerun):
+    row = json.loads(run(forerun, forerun.model, *QUICK, "--rounds", "0", "--json").stdout)
+    assert "decode_tok_s" not in row and "peak_rss_mb" not in row and row["perplexity"] > 1
+    untimed = (forerun.model, "--rounds", "0", "--speed-depths", "8")
+    refused(forerun, "--speed-depths needs --rounds", *untimed)
+    refused(forerun, "--rounds needs a BUNDLE", "--from", "x", "--plot", "x.png", "--rounds", "0")
 
 
 def test_saved_rows_are_drawn_without_a_model(forerun, tmp_path):

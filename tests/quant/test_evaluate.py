@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import edit_manifest, tiny_bundle
 
+import forerun
 from forerun.errors import BundleError, OptionError
 from forerun.quant.corpus import CORPUS, Piece, corpus_text, load_tokenizer
 from forerun.quant.evaluate import Judged, Plan, contexts_within, evaluate, evaluate_all
@@ -157,6 +160,13 @@ def test_agreement_is_what_decoding_both_would_find(bundle, small):
     assert found["median"] == np.median(expected) and found["prompts"] == 4
 
 
+def test_a_quantized_reference_agrees_with_itself(small):
+    # Its rows differ a little from those of a step of many, enough to turn a near-tie.
+    row = evaluate(small, small, plan=dataclasses.replace(SHORT, prompts=6, pairs=0))
+    found = row["agreement_tokens"]
+    assert found["whole"] == found["prompts"] == 6 and found["mean"] == found["cap"]
+
+
 def test_a_text_of_the_users(bundle, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("All work and no play makes Jack a dull boy.\n" * 40, encoding="utf-8")
@@ -213,6 +223,14 @@ def test_speed_and_memory_are_measured_in_a_process_of_its_own(bundle):
         assert 0 < speed["min"] <= speed["median"] <= speed["max"]
         assert one["decode_by_depth"][max(one["decode_by_depth"], key=int)] == speed
         assert 20 < one["peak_rss_mb"] < 400, "a tiny bundle, and no reference beside it"
+
+
+def test_every_field_is_documented(bundle, small):
+    row = evaluate(small, bundle, plan=dataclasses.replace(SHORT, rounds=1))
+    page = (Path(forerun.__file__).parent / "docs" / "json.md").read_text("utf-8")
+    known = set(re.findall(r"`([a-z0-9_]+)`", page))
+    known |= {f"{name}_against" for name in known}
+    assert set(row) <= known, set(row) - known
 
 
 def test_a_process_that_fails_is_told(bundle, tmp_path):
