@@ -55,7 +55,7 @@ class Limits:
             if value is not None and not is_allowed(value):
                 raise OptionError(
                     f"the limit {name} must be {allowed}, got {value:g}; "
-                    "leave it out to set no such limit"
+                    "leave it out for the default"
                 )
 
 

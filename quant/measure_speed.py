@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def depths_of(
         wanted: all of these; None takes those of `DEPTHS` that fit, or else the largest that does.
 
     Raises:
-        OptionError: one of `wanted` does not fit, or nothing would.
+        OptionError: one of `wanted` does not fit or is too near another, or nothing would fit.
     """
     # The cache of a window has no end.
     room = [manifest.model.context] + ([] if judged.window else [manifest.kv.capacity])
@@ -104,7 +105,14 @@ def depths_of(
                 f"{label(judged, manifest)}, since {_SPAN} tokens are decoded behind it; "
                 f"got {depth}"
             )
-    return tuple(sorted(wanted))
+    found = tuple(sorted(wanted))
+    for low, high in pairwise(found):
+        if high - low < _SPAN:
+            raise OptionError(
+                f"depths at which speed is timed must be {_SPAN} or more apart, since so many "
+                f"tokens are decoded behind each; got {low} and {high}"
+            )
+    return found
 
 
 def _request(judged: Judged, manifest: Manifest, wanted: tuple[int, ...] | None) -> dict[str, Any]:

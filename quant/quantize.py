@@ -101,13 +101,18 @@ class Wish:
 
     @property
     def kept_limits(self) -> Limits:
-        """What the bundle may cost, with its default KV layout and its default skipping."""
+        """What the bundle may cost with its default KV layout, when nothing is skipped."""
         if self.limits:
             return self.limits
-        if self.form:
-            return Limits(self.form.kl_bound)
-        bound = KEPT_BOUNDS[self.default_kv]
-        return Limits(max(bound, KL_LIMIT) if self.skipping else bound)
+        return Limits(self.form.kl_bound if self.form else KEPT_BOUNDS[self.default_kv])
+
+    @property
+    def skipping_limits(self) -> Limits:
+        """What it may cost with its default share of skipped blocks."""
+        kept = self.kept_limits
+        if self.limits or self.form:
+            return kept
+        return Limits(max(KEPT_BOUNDS[self.default_kv], KL_LIMIT))
 
 
 def quantize(
@@ -188,7 +193,9 @@ def _gated(
     measured = measure_gate(Judged(folder), manifest, reference, plain, report)
     checks = keep_limits(measured, wish.kept_limits, manifest)
     if manifest.skipping:
-        ratio, more = keep_skipping(folder, manifest, reference, plain, wish.kept_limits, report)
+        ratio, more = keep_skipping(
+            folder, manifest, reference, plain, wish.skipping_limits, report
+        )
         skipping = dataclasses.replace(manifest.skipping, default=ratio)
         manifest = dataclasses.replace(manifest, skipping=skipping)
         # Readers that keep one figure a metric shall keep that of the bundle as it runs unasked.
@@ -222,7 +229,7 @@ def _with_rest(manifest: Manifest, folder: Path, wish: Wish, report: Progress) -
     """Add skipping and the layouts of the KV cache, measured on the new weights."""
     pieces = calibration_pieces(manifest, folder)
     if wish.skipping:
-        wished = wish.kept_limits.kl_mean
+        wished = wish.skipping_limits.kl_mean
         limit = KL_LIMIT if wished is None else min(KL_LIMIT, wished)
         manifest = add_skipping(folder, manifest, pieces, kl_limit=limit, report=report)
         if _TREE in manifest.lowerings:

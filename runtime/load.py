@@ -151,7 +151,7 @@ def _read_bundle(folder: Path) -> _Bundle:
     if manifest.kind != "text":
         raise UnsupportedError(f"{folder} is a {manifest.kind} model; a text model is needed here")
     manifest.check_files(folder)
-    template = _read_template(manifest, folder)
+    template = read_template(manifest, folder)
     return _Bundle(folder, manifest, manifest, Tokenizer(manifest, folder), template)
 
 
@@ -287,7 +287,12 @@ def _with_drafters(runner: Any, bundle: _Bundle, how: _Drafting) -> Text:
     return text
 
 
-def _read_template(manifest: Manifest, folder: Any) -> str | None:
+def read_template(manifest: Manifest, folder: Any) -> str | None:
+    """The chat template of a bundle, None if it has none.
+
+    Raises:
+        BundleError: it is not readable text.
+    """
     name = manifest.tokenizer.chat_template
     if name is None:
         return None

@@ -12,7 +12,6 @@ from forerun.apps.bench.worker import serve
 
 if TYPE_CHECKING:
     from forerun.runtime.chat import Chat
-    from forerun.runtime.manifest import Manifest
 
 _STATUS = Path("/proc/self/status")
 # Keys and values are the only memory of the process that is shared with nobody and yet of the
@@ -61,13 +60,14 @@ class _Model:
 
     def session(self, request: dict[str, Any]) -> dict[str, Any]:
         """Open the graph and run one token, which touches what is mapped of the weights."""
+        from forerun.runtime.load import read_template
         from forerun.runtime.open import open_runner
         from forerun.runtime.text import Text
 
         runner = open_runner(self._manifest, self._folder, threads=request["threads"])
         runner.step([0])
         runner.arena.rewind(0)
-        text = Text(runner, self._tokenizer, _template(self._manifest, self._folder))
+        text = Text(runner, self._tokenizer, read_template(self._manifest, self._folder))
         self._chat = text.chat()
         return read_memory()
 
@@ -77,13 +77,6 @@ class _Model:
         stats = events[-1].stats
         assert stats is not None
         return {"tokens": stats.prompt_tokens + stats.new_tokens, **read_memory()}
-
-
-def _template(manifest: Manifest, folder: Path) -> str | None:
-    from forerun.runtime.manifest import inside
-
-    name = manifest.tokenizer.chat_template
-    return None if name is None else inside(folder, name).read_text("utf-8")
 
 
 def main() -> None:

@@ -84,7 +84,12 @@ Windows = Annotated[
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option("--tokens", min=16, show_default="9216", help="Tokens of text to measure on."),
+    typer.Option(
+        "--tokens",
+        min=16,
+        show_default="9216",
+        help="Tokens of text to measure on; at least one piece of each text and context.",
+    ),
 ]
 SpeedDepths = Annotated[
     str | None,

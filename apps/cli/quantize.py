@@ -172,6 +172,8 @@ def _limited(
     """The wish with the limits that were given; the mean KL is always limited."""
     from forerun.quant.gate import Limits
 
+    if (max_kl, max_kl_p99, min_top1, max_perplexity) == (None,) * 4:
+        return wish
     bound = wish.kept_limits.kl_mean if max_kl is None else max_kl
     return dataclasses.replace(wish, limits=Limits(bound, max_kl_p99, min_top1, max_perplexity))
 

@@ -17,7 +17,7 @@ from forerun.errors import UnsupportedError
 from forerun.runtime.drafting.coupled import CoupledPick
 from forerun.runtime.drafting.tree import TokenTree
 from forerun.runtime.drafting.vocab import identity
-from forerun.runtime.skipping import Fixed, Skip, SkipRule, level_within, static_skip
+from forerun.runtime.skipping import Fixed, Skip, SkipRule, static_skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,7 +69,8 @@ class SkipDrafter:
             return self._chain(budget, keep_going)
         finally:
             runner.skipping = before
-            runner.arena.rewind(length)
+            # A step that was broken off may have emptied the cache.
+            runner.arena.rewind(min(length, runner.arena.length))
 
     def observe(self, outcome: Outcome) -> None:
         """Append what was decided."""
@@ -132,6 +133,6 @@ def draft_rule(manifest: Manifest, share: float) -> SkipRule:
     assert found is not None
     ratios = [level.ratio for level in found.levels]
     if ratios and min(ratios) <= share <= max(ratios):
-        level = level_within(found, share)
+        level = min(found.levels, key=lambda level: abs(level.ratio - share))
         return Fixed("draft", Skip(np.ones(layers, bool), level.tau, level.run), 0)
     return Fixed("draft", static_skip(found, layers, share), 0)

@@ -49,6 +49,9 @@ class GearRunner(Runner):
             raise OptionError(f"a tree may have {MAX_PENDING} rows, got {len(ids)}")
         past = self.arena.length
         positions = past + tree_depths(parents, len(ids))
+        # The graph is that of chains, which may have skipped blocks in the last step.
+        if self._chain.gate is not None:
+            self._chain.gate.set(None)
         self.arena.make_room(len(ids))
         with self.arena.guarded():
             logits = self._chain.run(ids, positions, rows, past, tree_bias(parents, past))

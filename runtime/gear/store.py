@@ -88,15 +88,18 @@ class GearArena(Rows):
         Raises:
             OptionError: that many tokens are not cached.
         """
-        super().rewind(length)
-        chunk, rest = divmod(length, CHUNK)
-        if chunk >= self.compressed:
-            return
-        # The newest chunk's rows are still there; of an older one only what it stands for.
-        if rest and not self._has_rows_of(chunk):
-            with self._emptied_if_broken_off():
+        if not 0 <= length <= self.length:
+            # It refuses; nothing has changed yet.
+            return super().rewind(length)
+        with self._emptied_if_broken_off():
+            super().rewind(length)
+            chunk, rest = divmod(length, CHUNK)
+            if chunk >= self.compressed:
+                return
+            # The newest chunk's rows are still there; of an older one only what it stands for.
+            if rest and not self._has_rows_of(chunk):
                 self._restore(chunk)
-        self.compressed, self._kept = chunk, False
+            self.compressed, self._kept = chunk, False
 
     def restorable(self, length: int) -> int:
         """How many of the first `length` tokens `rewind` gives back as they were read.
@@ -120,12 +123,13 @@ class GearArena(Rows):
     def guarded(self) -> Iterator[None]:
         """Around a step: one that fails in the middle leaves the tokens that were there before.
 
-        If it was broken off while rows were moved, it leaves none.
+        Down to the last chunk whose float32 rows are still there, that is: `restorable`. If it was
+        broken off while rows were moved, it leaves none.
         """
         try:
             yield
         except BaseException:
-            self.rewind(self.length)
+            self.rewind(self.restorable(self.length))
             raise
 
     def values(self) -> dict[str, ort.OrtValue]:

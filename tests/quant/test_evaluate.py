@@ -241,10 +241,10 @@ def test_a_process_that_fails_is_told(bundle, tmp_path):
 
 
 def test_speed_is_measured_at_the_depths_that_were_asked_for(bundle):
-    (found,) = measure_speed([Judged(bundle, threads=1)], 1, depths=(8, 40))
-    assert set(found["decode_by_depth"]) == {"8", "40"}
-    assert found["decode_depth"] == 40 and found["ffn_skipped"] == 0
-    assert found["decode_tok_s"] == found["decode_by_depth"]["40"]
+    (found,) = measure_speed([Judged(bundle, threads=1)], 1, depths=(8, 72))
+    assert set(found["decode_by_depth"]) == {"8", "72"}
+    assert found["decode_depth"] == 72 and found["ffn_skipped"] == 0
+    assert found["decode_tok_s"] == found["decode_by_depth"]["72"]
 
 
 def test_depths_of_speed_that_do_not_fit_are_refused_before_any_compute(bundle, monkeypatch):
@@ -253,6 +253,14 @@ def test_depths_of_speed_that_do_not_fit_are_refused_before_any_compute(bundle, 
         plan = dataclasses.replace(SHORT, rounds=1, speed_depths=depths)
         with pytest.raises(OptionError, match=r"must be in 1\.\.204 for fp32, .*; got"):
             evaluate(bundle, plan=plan)
+
+
+@pytest.mark.parametrize("depths", [(8, 40), (64, 64), (203, 204), (8, 59)])
+def test_depths_of_speed_that_the_tokens_before_reach_are_refused(bundle, depths):
+    # The first depth decodes on from there, so the second one would be timed further on.
+    with pytest.raises(OptionError, match=f"52 or more apart, .*got {depths[0]} and {depths[1]}"):
+        depths_of(Judged(bundle), load_manifest(bundle), depths)
+    assert depths_of(Judged(bundle), load_manifest(bundle), (8, 60)) == (8, 60)
 
 
 def test_depths_of_speed_that_nobody_asked_for_are_left_out(bundle):

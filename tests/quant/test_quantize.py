@@ -139,7 +139,11 @@ def test_the_default_share_keeps_the_limits_that_were_wished(deep, skipping, tmp
 def test_kept_weights_have_the_limit_of_their_cache():
     bounds = [Wish("fp32", kv).kept_limits.kl_mean for kv in ("fp16", "int8", "int4")]
     assert bounds == sorted(bounds) and bounds[0] < bounds[1] < bounds[2] == 0.75
-    assert Wish("fp32", skipping=True).kept_limits.kl_mean == 0.05
+    free = Wish("fp32", skipping=True)
+    # The gates themselves cost nothing; what the default share skips may.
+    assert (free.kept_limits.kl_mean, free.skipping_limits.kl_mean) == (0.001, 0.05)
+    bound = Wish("fp32", skipping=True, limits=Limits(0.01))
+    assert bound.kept_limits.kl_mean == bound.skipping_limits.kl_mean == 0.01
     assert Wish("int4", "int4").kept_limits.kl_mean == 0.75
 
 

@@ -68,11 +68,12 @@ def fast_gpu(monkeypatch):
     ],
 )
 def test_what_only_the_cpu_can_do_keeps_the_target_there(folder, fast_gpu, wish):
-    with load(
-        folder, threads=1, drafter="none", device="auto", allow_fallback=True, **wish
-    ) as text:
+    how = {"threads": 1, "drafter": "none", **wish}
+    with load(folder, device="auto", allow_fallback=True, **how) as text:
         assert text._runner.device == "cpu" and fast_gpu == ["cpu"]
-        assert text.generate(list(range(20)), max_tokens=3) is not None
+        said = text.generate(list(range(20)), max_tokens=3)
+    with load(folder, device="cpu", **how) as text:
+        assert text.generate(list(range(20)), max_tokens=3) == said
 
 
 def test_a_budget_is_told_for_the_device_that_was_chosen(folder, fast_gpu):

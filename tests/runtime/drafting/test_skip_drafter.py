@@ -133,6 +133,8 @@ def test_a_cache_that_is_not_in_line_gets_no_draft(runner):
 def test_it_opens_only_where_it_can_work(runner):
     assert open_skip(runner).name == "skip"
     assert draft_rule(runner.manifest, 0.3).choose(0).tau == 0.5
+    # The nearest level, since a draft that skips more than asked for harms nothing.
+    assert draft_rule(runner.manifest, 0.25).choose(0).tau == 0.5
     fixed = draft_rule(runner.manifest, 0.5).choose(0)
     assert np.flatnonzero(~fixed.flags).tolist() == [2, 3, 4]
 
@@ -153,16 +155,51 @@ def test_a_form_that_cannot_skip_is_refused_before_anything_is_drafted(runner, b
         open_skip(other)
 
 
-@pytest.mark.parametrize("kind", ["gear-kcvt", "gear-kivi"])
-def test_a_cache_in_gears_form_is_given_back_too(tmp_path, kind):
-    """Drafts may reach over the end of a chunk, whose rows are kept until the next one ends."""
+def on_gear(folder, kind):
+    """A runner on GEAR whose graph can skip, and its tokenizer."""
     changes = {"layers": LAYERS, "layer_window": (False,) * LAYERS, "context": 512}
-    made, folder = tiny_bundle("llama", tmp_path, capacity=320, **changes)
+    made, folder = tiny_bundle("llama", folder, capacity=320, **changes)
     form = skipping_lowering(made.lowerings["cpu"], with_skipping(folder, "model.onnx"))
     forms = made.lowerings | {"cpu": form}
     able = dataclasses.replace(made, lowerings=forms, skipping=FOUND)
     gear = GearRunner(choose_layout(with_gear(folder, able), kind), folder, threads=1)
-    tokenizer, prompt = Tokenizer(made, folder), list(range(50))
+    return gear, Tokenizer(made, folder)
+
+
+def test_a_tree_on_gear_skips_nothing_that_the_step_before_skipped(tmp_path):
+    gear, _ = on_gear(tmp_path, "gear-kivi")
+    gear.step(list(range(10)))
+    tree = {"want": "all", "parents": [-1, 0]}
+    whole = gear.step([7, 8], **tree).copy()
+    gear.arena.rewind(10)
+    before, gear.skipping = gear.skipping, rule_of([2, 3])
+    gear.step([7])
+    gear.skipping = before
+    gear.arena.rewind(10)
+    np.testing.assert_array_equal(gear.step([7, 8], **tree), whole)
+    gear.close()
+
+
+def test_an_empty_cache_behind_a_broken_draft_hides_no_error(runner, monkeypatch):
+    runner.arena.rewind(0)
+    runner.step([1, 2, 3])
+    drafter = SkipDrafter(runner, rule_of([2]))
+    drafter.begin([1, 2, 3, 4])
+
+    def broken(*args, **options):
+        runner.arena.rewind(0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        drafter.propose(4)
+
+
+@pytest.mark.parametrize("kind", ["gear-kcvt", "gear-kivi"])
+def test_a_cache_in_gears_form_is_given_back_too(tmp_path, kind):
+    """Drafts may reach over the end of a chunk, whose rows are kept until the next one ends."""
+    gear, tokenizer = on_gear(tmp_path, kind)
+    prompt = list(range(50))
     options = {"max_tokens": 240, "stop_ids": ()}
     plain = [t for t, _ in Session(gear, tokenizer).generate_ids(prompt, **options)]
     drafters = Drafters(gear.manifest, means=lambda: Means(lambda drafter: FixedPolicy(16)))

@@ -174,6 +174,32 @@ def test_a_step_that_fails_in_the_middle_leaves_the_tokens_before_it():
     check(store, range(100), CHUNK)
 
 
+def test_a_step_that_fails_chunks_later_leaves_no_token_it_could_not_give_back():
+    store = arena()
+    write(store, range(100))
+    with pytest.raises(KeyboardInterrupt), store.guarded():
+        # The pieces of one step of many rows: two chunks are compressed on the way.
+        store.settle(128)
+        store.settle(192)
+        raise KeyboardInterrupt
+    assert store.compressed == 1
+    check(store, range(CHUNK), CHUNK)
+
+
+def test_a_rewind_that_is_broken_off_leaves_nothing(monkeypatch):
+    store = arena()
+    for start in (0, 50, 100, 150):
+        write(store, range(start, start + 50))
+
+    def stopped(self, chunk):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GearArena, "_restore", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        store.rewind(10)
+    assert (store.length, store.compressed) == (0, 0)
+
+
 def test_capacity_need_not_be_a_whole_number_of_chunks():
     store = arena()
     for start in range(0, 330, 55):
